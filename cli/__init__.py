@@ -1,0 +1,48 @@
+"""The `finedeep` command. Parsing arguments imports neither torch nor transformers."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+# name of the subcommand -> what it does; its module has `add_arguments(parser)` and `run(arguments)`
+SUBCOMMANDS = {
+    "convert": "cut a dense Llama checkpoint into a Finedeep checkpoint",
+    "eval": "score a model with lm-evaluation-harness, a dense baseline beside it",
+    "demo": "train, convert and score a small model here, with no download",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Returns the exit code: 0, or 2 with one line on stderr where the input cannot be used."""
+    parser = argparse.ArgumentParser(
+        prog="finedeep",
+        description="Finedeep: dense LLMs with their FFN cut into stacked, fine-grained, always-active experts.",
+    )
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, summary in SUBCOMMANDS.items():
+        module = importlib.import_module(f"finedeep_cli.{name}_command")
+        subparser = subparsers.add_parser(
+            name,
+            help=summary,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(subparser)
+        subparser.set_defaults(run=module.run)
+    arguments = parser.parse_args(argv)
+    # A library's chatter (progress of loading, advice) would drown the command's own lines.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("finedeep: interrupted; nothing was left half made", file=sys.stderr)
+        return 130
+    except ValueError as error:
+        if type(error).__module__.split(".")[0] != "finedeep":
+            raise
+        print(f"finedeep: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,21 @@
+"""Train a small dense Llama on generated text, convert it, reload it, score both. No download.
+
+A grammar generates a small world of facts from the seed; the tokenizer and the model are trained on its text; the
+harness asks about it in all four ways it has. Everything is kept in the folder, ready to be looked into.
+"""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `finedeep demo`."""
+    parser.add_argument("--output", default="finedeep-demo", metavar="DIR", help="folder to make (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed is another world (default: 0)")
+    parser.add_argument("--steps", type=int, default=600, help="training steps of the dense model (default: 600)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the demo and print its table."""
+    from finedeep.demo import run_demo
+
+    run_demo(arguments.output, seed=arguments.seed, steps=arguments.steps)

@@ -1,0 +1,145 @@
+# Copyright 2026 The Finedeep contributors. Licensed under the Apache License, Version 2.0.
+"""What a Finedeep model is: a Llama configuration plus the shape of the expert sub-layers."""
+
+import math
+from typing import Any
+
+from transformers import LlamaConfig
+
+# For each gate function, the scale at which a zero router gives every expert the weight exactly 1.
+NEUTRAL_SCALE = {
+    "sigmoid": lambda num_experts: 2.0,
+    "softmax": lambda num_experts: float(num_experts),
+}
+ROUTING_INPUTS = ("expert_output", "hidden_state")
+
+# Written into every config.json, so that whichever class saved the folder, every Auto class can load it.
+AUTO_MAP = {
+    "AutoConfig": "configuration_finedeep.FinedeepConfig",
+    "AutoModel": "modeling_finedeep.FinedeepModel",
+    "AutoModelForCausalLM": "modeling_finedeep.FinedeepForCausalLM",
+    "AutoModelForQuestionAnswering": "modeling_finedeep.FinedeepForQuestionAnswering",
+    "AutoModelForSequenceClassification": "modeling_finedeep.FinedeepForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_finedeep.FinedeepForTokenClassification",
+}
+
+
+class FinedeepConfig(LlamaConfig):
+    r"""Configuration of a Finedeep model (arXiv:2502.12928). Every field of `LlamaConfig` keeps its meaning.
+
+    `intermediate_size` is the width of the *whole* FFN of a decoder layer, as in the dense model; the
+    `M * K` experts share it equally.
+
+    Args:
+        num_expert_sublayers (`int`, defaults to 2):
+            M, the expert sub-layers stacked in one decoder layer, each with its own norm and residual.
+        num_experts_per_sublayer (`int`, defaults to 8):
+            K, the experts of one sub-layer. All of them run for every token.
+        routing_input (`str`, defaults to `"expert_output"`):
+            What an expert's score is read from: its own output (`"expert_output"`, the paper's method) or the
+            normalised input of the sub-layer (`"hidden_state"`, the paper's ablation).
+        routing_function (`str`, defaults to `"sigmoid"`):
+            How scores become gates: `"sigmoid"` (each expert by itself) or `"softmax"` (over the K experts).
+        routed_scaling_factor (`float`, *optional*):
+            c, the factor on every gate. Left out, it is the one with which a zero router gives every expert the
+            weight exactly 1: 2 for sigmoid, K for softmax.
+        sublayer_output_norm (`bool`, defaults to `False`):
+            Whether a second RMSNorm acts on a sub-layer's output before it is added ("sandwich norm").
+
+    Raises:
+        ValueError: a field has a value that cannot work. The message names the field, the value and the nearest
+            values that do.
+
+    Example:
+
+    ```python
+    >>> from finedeep import FinedeepConfig
+    >>> FinedeepConfig(intermediate_size=11264, num_expert_sublayers=2, num_experts_per_sublayer=8).expert_intermediate_size
+    704
+    ```
+    """
+
+    model_type = "finedeep"
+
+    def __init__(
+        self,
+        num_expert_sublayers: int = 2,
+        num_experts_per_sublayer: int = 8,
+        routing_input: str = "expert_output",
+        routing_function: str = "sigmoid",
+        routed_scaling_factor: float | None = None,
+        sublayer_output_norm: bool = False,
+        **kwargs: Any,
+    ):
+        self.num_expert_sublayers = _positive_int("num_expert_sublayers", num_expert_sublayers)
+        self.num_experts_per_sublayer = _positive_int("num_experts_per_sublayer", num_experts_per_sublayer)
+        self.routing_input = _one_of("routing_input", routing_input, ROUTING_INPUTS)
+        self.routing_function = _one_of("routing_function", routing_function, tuple(NEUTRAL_SCALE))
+        if routed_scaling_factor is None:
+            routed_scaling_factor = NEUTRAL_SCALE[routing_function](num_experts_per_sublayer)
+        self.routed_scaling_factor = _positive_float("routed_scaling_factor", routed_scaling_factor)
+        self.sublayer_output_norm = _boolean("sublayer_output_norm", sublayer_output_norm)
+        kwargs["auto_map"] = dict(AUTO_MAP)
+        super().__init__(**_readable_by_every_version(kwargs))
+        self._check_width()
+
+    @property
+    def expert_intermediate_size(self) -> int:
+        """e = intermediate_size / (M * K), the width of one expert. Derived, never stored."""
+        return self.intermediate_size // (self.num_expert_sublayers * self.num_experts_per_sublayer)
+
+    def _check_width(self) -> None:
+        experts = self.num_expert_sublayers * self.num_experts_per_sublayer
+        if self.intermediate_size % experts == 0 and self.intermediate_size > 0:
+            return
+        below = self.intermediate_size // experts * experts
+        nearest = f"{below} or {below + experts}" if below > 0 else f"{experts}"
+        raise ValueError(
+            f"intermediate_size={self.intermediate_size} cannot be shared by num_expert_sublayers * "
+            f"num_experts_per_sublayer = {self.num_expert_sublayers} * {self.num_experts_per_sublayer} = {experts} "
+            f"experts of equal width; the nearest sizes that can: {nearest}."
+        )
+
+
+def _readable_by_every_version(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Spell RoPE as `rope_theta` and `rope_scaling`, which transformers 4 and 5 both read.
+
+    transformers 5 writes `rope_parameters`; transformers 4 does not know that key and would silently fall back to
+    theta 10000.
+    """
+    rope = dict(kwargs.pop("rope_parameters", None) or {})
+    if rope:
+        if "rope_theta" in rope:
+            kwargs["rope_theta"] = rope.pop("rope_theta")
+        kwargs["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+    return kwargs
+
+
+def _positive_int(field: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{field}={value!r} is not a whole number of at least 1; the nearest that works: 1.")
+    return value
+
+
+def _positive_float(field: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+        raise ValueError(
+            f"{field}={value!r} is not a finite number above 0; values that work: 2.0 (a zero sigmoid router gives "
+            "every expert the weight 1) or 1.0 (gates between 0 and 1)."
+        )
+    return float(value)
+
+
+def _one_of(field: str, value: Any, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise ValueError(f"{field}={value!r} is not known; values that work: {', '.join(map(repr, known))}.")
+    return value
+
+
+def _boolean(field: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{field}={value!r} is not a boolean; values that work: True, False.")
+    return value
+
+
+__all__ = ["FinedeepConfig"]

@@ -1,0 +1,179 @@
+"""Read a dense checkpoint: its config, its safetensors headers, its tensors one at a time. Never its code or pickles."""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+
+from .errors import ConversionError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+# What travels with the weights, where the source has it.
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor is and what it looks like, as the file's header says."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class DenseCheckpoint:
+    """A dense checkpoint whose headers have been read and whose tensors have not."""
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+    def load(self, name: str) -> torch.Tensor:
+        """Read one tensor. Raises `ConversionError` where it holds NaN or infinity."""
+        with _opened(self.tensors[name].file) as file:
+            tensor = file.get_tensor(name)
+        if not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise ConversionError(
+                f"{self.tensors[name].file}: tensor {name} holds {bad} values that are NaN or infinite; finite weights "
+                "are wanted. The checkpoint is damaged: get it again or repair it."
+            )
+        return tensor
+
+    def companions(self) -> Iterator[Path]:
+        """Tokenizer, generation config, chat template and licence files."""
+        for pattern in COMPANIONS:
+            yield from sorted(path for path in self.folder.glob(pattern) if path.is_file())
+
+
+def open_checkpoint(source: str | Path, revision: str | None = None) -> DenseCheckpoint:
+    """Open a local folder or a Hub id. Reads the config and the safetensors headers, nothing else.
+
+    Raises:
+        ConversionError: there is no such folder or repository, or it holds no complete safetensors checkpoint.
+    """
+    folder = _local_folder(source, revision)
+    config = _read_json(folder / "config.json", "the model's configuration")
+    tensors: dict[str, TensorInfo] = {}
+    for path, listed in _weight_files(folder).items():
+        with _opened(path) as file:
+            names = set(file.keys())
+            if listed is not None and listed != names:
+                difference = ", ".join(sorted(listed ^ names)[:5])
+                raise ConversionError(
+                    f"{path} does not hold the tensors that {INDEX} lists for it (they differ in: {difference}). "
+                    "Get the checkpoint again."
+                )
+            for name in names:
+                part = file.get_slice(name)
+                if part.get_dtype() not in DTYPES:
+                    raise ConversionError(
+                        f"{path}: tensor {name} has dtype {part.get_dtype()}; {', '.join(DTYPES)} can be converted. "
+                        "Convert an unquantised checkpoint."
+                    )
+                tensors[name] = TensorInfo(path, tuple(part.get_shape()), DTYPES[part.get_dtype()])
+    return DenseCheckpoint(folder, config, tensors)
+
+
+def _local_folder(source: str | Path, revision: str | None) -> Path:
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ConversionError(f"{source} is a file; the folder of a checkpoint, or a Hub id, is wanted.")
+    if not HUB_ID.fullmatch(str(source)):
+        raise ConversionError(f"{source} does not exist; the folder of a checkpoint, or a Hub id, is wanted.")
+    try:
+        return Path(
+            snapshot_download(
+                str(source),
+                revision=revision,
+                allow_patterns=["config.json", "*.safetensors", INDEX, *COMPANIONS],
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConversionError(
+            f"{source} is not a folder here, and could not be fetched from the Hub ({reason}). "
+            "Check the path or the id, and for private models log in with `hf auth login`."
+        ) from error
+
+
+def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
+    """The weight files, each with the tensor names that an index lists for it (None where there is no index)."""
+    if (folder / INDEX).is_file():
+        weight_map = _read_json(folder / INDEX, "the list of shards").get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ConversionError(f"{folder / INDEX} has no weight_map; get the checkpoint again.")
+        files: dict[Path, set[str] | None] = {}
+        for name, shard in weight_map.items():
+            if not isinstance(shard, str) or Path(shard).name != shard:
+                raise ConversionError(f"{folder / INDEX} names the shard {shard!r}, which is not a plain file name.")
+            files.setdefault(folder / shard, set()).add(name)
+        missing = sorted(path.name for path in files if not path.is_file())
+        if missing:
+            raise ConversionError(
+                f"{folder / INDEX} names shards that are not there: {', '.join(missing)}. "
+                "Download the checkpoint completely."
+            )
+        return files
+    if (folder / WEIGHTS).is_file():
+        return {folder / WEIGHTS: None}
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise ConversionError(
+            f"{folder} holds pickled weights ({', '.join(pickles[:3])}), which are never loaded because they can run "
+            f"code; {WEIGHTS} is wanted. Load the model with transformers where you trust it and save it again with "
+            "save_pretrained."
+        )
+    raise ConversionError(f"{folder} has neither {WEIGHTS} nor {INDEX}; a safetensors checkpoint is wanted.")
+
+
+def _read_json(path: Path, what: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConversionError(f"{path} is missing: {what} is wanted beside the weights.") from None
+    except (ValueError, RecursionError) as error:
+        raise ConversionError(f"{path} is not valid JSON ({error}); {what} is wanted.") from None
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path} holds a {type(content).__name__}; a JSON object with {what} is wanted.")
+    return content
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ConversionError(
+            f"{path} is not a complete safetensors file ({error}). Get the checkpoint again."
+        ) from error

@@ -1,0 +1,119 @@
+"""Run lm-evaluation-harness in this process, on one model or on two side by side."""
+
+import difflib
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import EvaluationError
+
+Results = dict[str, Any]
+
+
+def _harness() -> Any:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        import lm_eval
+    except ImportError as error:
+        raise EvaluationError(
+            "lm-eval is not installed; evaluation runs lm-evaluation-harness. Install it with: pip install 'finedeep[eval]'"
+        ) from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return lm_eval
+
+
+def evaluate(
+    model: str | Path,
+    tasks: Sequence[str],
+    *,
+    include_path: str | Path | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int | str = 8,
+    device: str | None = None,
+    dtype: str = "auto",
+    output: str | Path | None = None,
+    seed: int = 1234,
+) -> Results:
+    """Score one model with lm-evaluation-harness.
+
+    The call is the harness's own `simple_evaluate` with its `hf` model, so that the scores are the ones that
+    `lm_eval run --model hf --model_args pretrained=MODEL,trust_remote_code=True` reports.
+
+    Args:
+        model: a local folder or a Hub id, dense or Finedeep. Code in a Finedeep folder is run; other models load
+            without remote code.
+        tasks: names of the harness's tasks or groups, or of those in `include_path`.
+        include_path: a folder with task definitions of your own.
+        num_fewshot: examples before each question; None leaves it to the task.
+        limit: how many samples of each task; None for all.
+        batch_size: a number, or "auto".
+        device: such as "cpu" or "cuda:0"; None picks a GPU where there is one.
+        dtype: "auto" for the checkpoint's own, or such as "float32".
+        output: a folder for the harness's results JSON.
+        seed: for the choice of few-shot examples and bootstrap samples.
+
+    Returns:
+        The harness's results, without the samples.
+
+    Raises:
+        EvaluationError: lm-eval is missing, a task is unknown, or the model cannot be loaded.
+    """
+    lm_eval = _harness()
+    import torch
+    from lm_eval.loggers import EvaluationTracker
+    from lm_eval.tasks import TaskManager
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    manager = TaskManager(include_path=str(include_path) if include_path else None)
+    _check_tasks(tasks, manager.all_tasks)
+    trust = _is_finedeep(model)
+    tracker = EvaluationTracker(output_path=str(output)) if output else None
+    try:
+        results = lm_eval.simple_evaluate(
+            model="hf",
+            model_args={"pretrained": str(model), "trust_remote_code": trust, "dtype": dtype},
+            tasks=list(tasks),
+            task_manager=manager,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            batch_size=batch_size,
+            device=device,
+            evaluation_tracker=tracker,
+            log_samples=tracker is not None,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    except (OSError, ConnectionError) as error:
+        raise EvaluationError(f"{model} on {', '.join(tasks)}: {' '.join(str(error).split())}") from error
+    samples = results.pop("samples", None)
+    if tracker:
+        tracker.save_results_aggregated(results=results, samples=samples)
+        for task, task_samples in (samples or {}).items():
+            tracker.save_results_samples(task_name=task, samples=task_samples)
+    return results
+
+
+def _is_finedeep(model: str | Path) -> bool:
+    """Read the model type from config.json alone, so that no code of an unknown model runs."""
+    from transformers import PretrainedConfig
+
+    try:
+        config, _ = PretrainedConfig.get_config_dict(str(model))
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"{model} cannot be loaded: {' '.join(str(error).split())}") from error
+    return config.get("model_type") == "finedeep"
+
+
+def _check_tasks(tasks: Sequence[str], known: Sequence[str]) -> None:
+    for task in tasks:
+        if task not in known:
+            nearest = ", ".join(difflib.get_close_matches(task, known, n=3)) or "none is near"
+            raise EvaluationError(
+                f"the harness has no task {task!r} (nearest: {nearest}). `lm-eval ls tasks` lists all; for tasks of "
+                "your own name their folder with --include-path."
+            )
