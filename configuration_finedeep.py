@@ -54,8 +54,8 @@ class FinedeepConfig(LlamaConfig):
 
     ```python
     >>> from finedeep import FinedeepConfig
-    >>> FinedeepConfig(intermediate_size=11264, num_expert_sublayers=2, num_experts_per_sublayer=8).expert_intermediate_size
-    704
+    >>> FinedeepConfig(intermediate_size=11008, num_expert_sublayers=2).expert_intermediate_size
+    688
     ```
     """
 

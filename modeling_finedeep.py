@@ -13,6 +13,8 @@ With d the hidden size and e the expert width, one decoder layer computes
 Everything else is inherited from Llama.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
@@ -147,7 +149,7 @@ class FinedeepDecoderLayer(LlamaDecoderLayer):
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.sublayers = nn.ModuleList(FinedeepSublayer(config) for _ in range(config.num_expert_sublayers))
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Args: hidden_states (batch, seq, hidden); whatever attention takes passes through. Returns the same shape."""
         h = hidden_states
         h = h + self.self_attn(hidden_states=self.input_layernorm(h), **kwargs)[0]
@@ -157,6 +159,8 @@ class FinedeepDecoderLayer(LlamaDecoderLayer):
 
 
 class FinedeepPreTrainedModel(LlamaPreTrainedModel):
+    """What all Finedeep models share; the rest is Llama's."""
+
     config_class = FinedeepConfig
     config: FinedeepConfig
     _no_split_modules = ["FinedeepDecoderLayer"]

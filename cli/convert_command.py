@@ -18,7 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="a folder with a safetensors checkpoint, or a Hub id")
     parser.add_argument("destination", metavar="DST", help="the folder to make; it must not exist, or be empty")
     parser.add_argument(
-        "--sublayers", type=positive_int, default=2, metavar="M", help="expert sub-layers per decoder layer (default: 2)"
+        "--sublayers",
+        type=positive_int,
+        default=2,
+        metavar="M",
+        help="sub-layers per decoder layer (default: 2)",
     )
     parser.add_argument(
         "--experts", type=positive_int, default=8, metavar="K", help="experts per sub-layer, all active (default: 8)"

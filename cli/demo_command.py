@@ -6,12 +6,16 @@ harness asks about it in all four ways it has. Everything is kept in the folder,
 
 import argparse
 
+from .argument_types import positive_int
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `finedeep demo`."""
-    parser.add_argument("--output", default="finedeep-demo", metavar="DIR", help="folder to make (default: %(default)s)")
+    parser.add_argument(
+        "--output", default="finedeep-demo", metavar="DIR", help="folder to make (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="another seed is another world (default: 0)")
-    parser.add_argument("--steps", type=int, default=600, help="training steps of the dense model (default: 600)")
+    parser.add_argument("--steps", type=positive_int, default=300, help="training steps (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> None:

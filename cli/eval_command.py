@@ -20,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baseline", metavar="DENSE", help="a second model, scored on the same samples")
     parser.add_argument("--output", metavar="DIR", help="where to write the harness's results JSON and samples")
     parser.add_argument("--include-path", metavar="DIR", help="a folder with task definitions of your own")
-    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each question (default: the task's)")
+    parser.add_argument(
+        "--num-fewshot", type=int, metavar="N", help="examples before each question (default: the task's)"
+    )
     parser.add_argument("--limit", type=positive_int, metavar="N", help="score only the first N samples of each task")
     parser.add_argument("--batch-size", default="8", metavar="N", help='a number or "auto" (default: 8)')
     parser.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU where there is one)")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,14 @@ from .source import INDEX, WEIGHTS, DenseCheckpoint, open_checkpoint
 MAX_SHARD_BYTES = 5 * 10**9
 CODE_FILES = (Path(configuration_finedeep.__file__), Path(modeling_finedeep.__file__))
 # Fields of a dense config that belong to the folder it came from, not to the model.
-NOT_INHERITED = ("model_type", "architectures", "auto_map", "transformers_version", "_name_or_path", "intermediate_size")
+NOT_INHERITED = (
+    "model_type",
+    "architectures",
+    "auto_map",
+    "transformers_version",
+    "_name_or_path",
+    "intermediate_size",
+)
 
 
 @dataclass(frozen=True)
@@ -137,7 +145,7 @@ def _check_tensors(dense: DenseCheckpoint, config: LlamaConfig) -> None:
         if torch.equal(dense.load("lm_head.weight"), dense.load("model.embed_tokens.weight")):
             return
         raise ConversionError(
-            f"{dense.folder} ties lm_head.weight to the embeddings (tie_word_embeddings is true), but holds a different "
+            f"{dense.folder} ties lm_head.weight to the embeddings (tie_word_embeddings is true), but holds another "
             "lm_head.weight. Set tie_word_embeddings to false in its config.json if that weight is the right one."
         )
     if unknown:
@@ -158,11 +166,16 @@ def _check_every_tensor_is_used(
     names = [target.name for _, target in targets]
     used = {target.source for _, target in targets}
     unused = [n for n in dense.tensors if n not in used | tied and not n.endswith(RECOMPUTED)]
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) != len(names) else []
-    wrong = {"unused": unused, "not written": sorted(wanted - set(names)), "not in the model": sorted(set(names) - wanted)}
-    for what, found in {**wrong, "written twice": twice}.items():
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    wrong = {
+        "not used": unused,
+        "not written": sorted(wanted - set(names)),
+        "not in the model": sorted(set(names) - wanted),
+        "written twice": twice,
+    }
+    for what, found in wrong.items():
         if found:
-            raise ConversionError(f"the mapping is incomplete, tensors {what}: {_some(found)}. This is a bug in Finedeep.")
+            raise ConversionError(f"the mapping is wrong, tensors {what}: {_some(found)}. This is a bug in Finedeep.")
 
 
 def _write_weights(

@@ -1,4 +1,4 @@
-"""Read a dense checkpoint: its config, its safetensors headers, its tensors one at a time. Never its code or pickles."""
+"""Read a dense checkpoint: its config, its safetensors headers, its tensors one by one. Never its code or pickles."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from .errors import ConversionError

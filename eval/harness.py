@@ -1,8 +1,10 @@
 """Run lm-evaluation-harness in this process, on one model or on two side by side."""
 
+import contextlib
 import difflib
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,14 @@ from .errors import EvaluationError
 Results = dict[str, Any]
 
 
-def _harness() -> Any:
+def require_harness() -> Any:
+    """Import lm-eval, its log lines silenced. Raises `EvaluationError` where it is not installed."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         import lm_eval
     except ImportError as error:
         raise EvaluationError(
-            "lm-eval is not installed; evaluation runs lm-evaluation-harness. Install it with: pip install 'finedeep[eval]'"
+            "lm-evaluation-harness is not installed. Install it with: pip install 'finedeep[eval]'"
         ) from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return lm_eval
@@ -61,7 +64,7 @@ def evaluate(
     Raises:
         EvaluationError: lm-eval is missing, a task is unknown, or the model cannot be loaded.
     """
-    lm_eval = _harness()
+    lm_eval = require_harness()
     import torch
     from lm_eval.loggers import EvaluationTracker
     from lm_eval.tasks import TaskManager
@@ -72,22 +75,23 @@ def evaluate(
     trust = _is_finedeep(model)
     tracker = EvaluationTracker(output_path=str(output)) if output else None
     try:
-        results = lm_eval.simple_evaluate(
-            model="hf",
-            model_args={"pretrained": str(model), "trust_remote_code": trust, "dtype": dtype},
-            tasks=list(tasks),
-            task_manager=manager,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            batch_size=batch_size,
-            device=device,
-            evaluation_tracker=tracker,
-            log_samples=tracker is not None,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-        )
+        with contextlib.redirect_stdout(sys.stderr):  # the harness prints its progress; stdout is for the scores
+            results = lm_eval.simple_evaluate(
+                model="hf",
+                model_args={"pretrained": str(model), "trust_remote_code": trust, "dtype": dtype},
+                tasks=list(tasks),
+                task_manager=manager,
+                num_fewshot=num_fewshot,
+                limit=limit,
+                batch_size=batch_size,
+                device=device,
+                evaluation_tracker=tracker,
+                log_samples=tracker is not None,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
     except (OSError, ConnectionError) as error:
         raise EvaluationError(f"{model} on {', '.join(tasks)}: {' '.join(str(error).split())}") from error
     samples = results.pop("samples", None)
