@@ -23,10 +23,10 @@ demo: $(INSTALLED)
 	$(BIN)/finedeep demo --output finedeep-demo/$$(date +%Y%m%d-%H%M%S)
 
 test: lint
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest tests -m 'not slow'
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest tests -m slow
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -33,6 +33,11 @@ def whole_folder(destination: Path) -> Iterator[Path]:
         partial.chmod(0o755)
         check_free(destination)
         partial.rename(destination)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ConversionError(
+            f"{destination} could not be written ({error}). Nothing was left there; make room or name another folder."
+        ) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -1,0 +1,78 @@
+"""Shared fixtures: tiny dense checkpoints made on the spot, and the real one where it is at hand."""
+
+import os
+import tempfile
+from pathlib import Path
+
+# Before any Hugging Face import: no network, no traces in the user's cache, no chatter.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="finedeep-tests-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+# Real data for larger checks. It is not part of the project.
+DATA = Path(os.environ.get("FINEDEEP_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+TINY = {
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "intermediate_size": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rope_theta": 5000.0,
+    "pad_token_id": 258,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+}
+
+
+@pytest.fixture(scope="session")
+def data():
+    if not DATA.is_dir():
+        pytest.skip(f"the real checkpoint and texts are not at {DATA}; FINEDEEP_TEST_DATA names another place")
+    return DATA
+
+
+def byte_tokenizer():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
+    )
+    fast.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return fast
+
+
+def make_dense(folder, dtype=torch.float32, shard_size="5GB", **changes):
+    """A dense Llama with random weights, every one of them away from its initial zero or one."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**TINY, **changes}))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory):
+    return make_dense(tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="session")
+def converted(dense, tmp_path_factory):
+    """The dense model with M=1, K=8: exact, and padded from 44 to 48 neurons."""
+    from finedeep.convert import convert_checkpoint
+
+    folder = tmp_path_factory.mktemp("converted") / "exact"
+    convert_checkpoint(dense, folder, num_expert_sublayers=1, num_experts_per_sublayer=8, progress=False)
+    return folder

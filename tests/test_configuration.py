@@ -1,0 +1,99 @@
+import itertools
+import json
+import math
+
+import pytest
+from finedeep import FinedeepConfig
+from transformers import AutoConfig
+
+BAD = [
+    ({"num_expert_sublayers": 0}, ["num_expert_sublayers=0", "1"]),
+    ({"num_expert_sublayers": 1.5}, ["num_expert_sublayers=1.5"]),
+    ({"num_expert_sublayers": True}, ["num_expert_sublayers=True"]),
+    ({"num_experts_per_sublayer": -3}, ["num_experts_per_sublayer=-3", "1"]),
+    ({"intermediate_size": 172}, ["intermediate_size=172", "2 * 8 = 16", "160 or 176"]),
+    ({"intermediate_size": 7}, ["intermediate_size=7", "16"]),
+    ({"intermediate_size": 0}, ["intermediate_size=0", "16"]),
+    ({"routing_input": "token"}, ["routing_input='token'", "'expert_output', 'hidden_state'"]),
+    ({"routing_function": "topk"}, ["routing_function='topk'", "'sigmoid', 'softmax'"]),
+    ({"routed_scaling_factor": 0.0}, ["routed_scaling_factor=0.0", "2.0"]),
+    ({"routed_scaling_factor": -1}, ["routed_scaling_factor=-1", "2.0"]),
+    ({"routed_scaling_factor": math.nan}, ["routed_scaling_factor=nan"]),
+    ({"routed_scaling_factor": math.inf}, ["routed_scaling_factor=inf"]),
+    ({"routed_scaling_factor": "2"}, ["routed_scaling_factor='2'"]),
+    ({"sublayer_output_norm": "yes"}, ["sublayer_output_norm='yes'", "True, False"]),
+]
+
+
+@pytest.mark.parametrize(("fields", "words"), BAD, ids=lambda value: str(value)[:50])
+def test_what_cannot_work_is_refused_with_what_would(fields, words):
+    with pytest.raises(ValueError, match="=") as error:
+        FinedeepConfig(**fields)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_the_nearest_widths_named_do_work():
+    for M, K, width in itertools.product((1, 2, 5), (3, 8), (1, 17, 100)):
+        fields = {"num_expert_sublayers": M, "num_experts_per_sublayer": K}
+        if width % (M * K) == 0:
+            continue
+        with pytest.raises(ValueError, match="nearest") as error:
+            FinedeepConfig(intermediate_size=width, **fields)
+        named = str(error.value).rsplit(":", 1)[1].strip(" .")
+        for size in named.split(" or "):
+            assert FinedeepConfig(intermediate_size=int(size), **fields).expert_intermediate_size == int(size) // (M * K)
+
+
+def test_every_field_survives_a_round_trip(tmp_path):
+    fields = {
+        "num_expert_sublayers": 3,
+        "num_experts_per_sublayer": 5,
+        "routing_input": "hidden_state",
+        "routing_function": "softmax",
+        "routed_scaling_factor": 1.25,
+        "sublayer_output_norm": True,
+        "hidden_size": 64,
+        "intermediate_size": 150,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "mlp_bias": True,
+        "attention_bias": True,
+        "hidden_act": "gelu",
+        "vocab_size": 99,
+        "pad_token_id": 7,
+    }
+    config = FinedeepConfig(**fields, rope_theta=12345.0, rope_scaling={"rope_type": "linear", "factor": 4.0})
+    config.save_pretrained(tmp_path)
+    for again in (FinedeepConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert isinstance(again, FinedeepConfig), type(again).__module__
+        for field, value in fields.items():
+            assert getattr(again, field) == value, field
+        ours, theirs = config.to_dict(), again.to_dict()
+        for key in ("_name_or_path",):
+            ours.pop(key, None), theirs.pop(key, None)
+        assert ours == theirs
+    assert again.expert_intermediate_size == 10
+    assert "expert_intermediate_size" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def test_rope_of_either_spelling_is_read():
+    new = FinedeepConfig(rope_parameters={"rope_theta": 7.0, "rope_type": "linear", "factor": 2.0})
+    old = FinedeepConfig(rope_theta=7.0, rope_scaling={"type": "linear", "factor": 2.0})
+    for config in (new, old):
+        rope = getattr(config, "rope_parameters", None) or {**config.rope_scaling, "rope_theta": config.rope_theta}
+        assert (rope["rope_theta"], rope["rope_type"], rope["factor"]) == (7.0, "linear", 2.0)
+
+
+def test_a_callers_dict_is_not_changed():
+    rope = {"rope_theta": 7.0, "rope_type": "default"}
+    FinedeepConfig(rope_parameters=rope)
+    assert rope == {"rope_theta": 7.0, "rope_type": "default"}
+
+
+def test_the_default_scale_makes_a_zero_router_neutral():
+    assert FinedeepConfig().routed_scaling_factor == 2.0
+    assert FinedeepConfig(routing_function="softmax", num_experts_per_sublayer=4).routed_scaling_factor == 4.0

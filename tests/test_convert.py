@@ -1,0 +1,299 @@
+"""Conversion: exact where it must be, complete, and refused in one line where it cannot be done."""
+
+import hashlib
+import itertools
+import json
+import re
+import shutil
+import struct
+
+import pytest
+import torch
+from conftest import make_dense
+from finedeep.convert import ConversionError, convert_checkpoint
+from finedeep.convert.neurons import PADDING, contiguous
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def assert_same_logits(dense_folder, folder, tolerance=1e-4):
+    ids = torch.randint(0, 256, (2, 50), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = LlamaForCausalLM.from_pretrained(dense_folder).eval()(ids).logits
+        found = load(folder)(ids).logits
+    assert expected.std() > 0.1  # a model whose logits are all alike would prove nothing
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+
+
+VARIANTS = {
+    "plain": {},
+    "tied": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "multi-head": {"num_key_value_heads": 4},
+    "wide heads": {"head_dim": 16},
+    "llama3 rope": {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
+    },
+    "gelu": {"hidden_act": "gelu"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("routing_function", ["sigmoid", "softmax"])
+def test_one_sublayer_gives_the_dense_logits(tmp_path, variant, routing_function):
+    dense = make_dense(tmp_path / "dense", **VARIANTS[variant])
+    done = convert_checkpoint(
+        dense,
+        tmp_path / "out",
+        num_expert_sublayers=1,
+        num_experts_per_sublayer=8,
+        routing_function=routing_function,
+        routing_input="hidden_state" if routing_function == "softmax" else "expert_output",
+        progress=False,
+    )
+    assert done.padded_neurons == 4
+    assert_same_logits(dense, tmp_path / "out")
+
+
+def test_sharded_input_gives_the_same_bytes(tmp_path, dense):
+    sharded = make_dense(tmp_path / "sharded", shard_size="20KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 3
+    for source, out in ((dense, "one"), (sharded, "many")):
+        convert_checkpoint(source, tmp_path / out, progress=False)
+    assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "many/model.safetensors").read_bytes()
+
+
+def test_output_is_sharded_with_an_index(tmp_path, dense, monkeypatch):
+    monkeypatch.setattr("finedeep.convert.checkpoint.MAX_SHARD_BYTES", 20_000)
+    convert_checkpoint(dense, tmp_path / "out", num_expert_sublayers=1, progress=False)
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 3
+    assert {f.name for f in files} == set(index["weight_map"].values())
+    assert_same_logits(dense, tmp_path / "out")
+
+
+def test_every_neuron_is_used_once():
+    for width, M, K in itertools.product((1, 16, 44, 172), (1, 2, 4), (1, 3, 8)):
+        neurons = contiguous(width, M, K)
+        assert neurons.shape[:2] == (M, K)
+        assert sorted(neurons[neurons != PADDING].tolist()) == list(range(width))
+        assert neurons.shape[2] == -(-width // (M * K))
+
+
+def test_weights_of_a_split_are_the_dense_weights(tmp_path, dense):
+    """M=2: not the dense function, but each neuron's three vectors are the dense model's, in some place."""
+    convert_checkpoint(dense, tmp_path / "out", num_expert_sublayers=2, num_experts_per_sublayer=2, progress=False)
+    before, after = load_file(dense / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    for i in range(2):
+        layer = f"model.layers.{i}"
+        for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+            parts = [after[f"{layer}.sublayers.{m}.{name}.weight"] for m in range(2)]
+            assert torch.equal(torch.cat(parts, dim), before[f"{layer}.mlp.{name}.weight"])
+        for m in range(2):
+            norm = before[f"{layer}.post_attention_layernorm.weight"]
+            assert torch.equal(after[f"{layer}.sublayers.{m}.norm.weight"], norm)
+            assert not after[f"{layer}.sublayers.{m}.down_proj.router"].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtype_is_kept(tmp_path, dtype):
+    dense = make_dense(tmp_path / "dense", dtype=dtype)
+    convert_checkpoint(dense, tmp_path / "out", num_expert_sublayers=1, progress=False)
+    assert {t.dtype for t in load_file(tmp_path / "out/model.safetensors").values()} == {dtype}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == dtype
+
+
+def test_companions_come_along(dense, converted):
+    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (dense, converted)]
+    assert tokenizers[0]("Hello, world")["input_ids"] == tokenizers[1]("Hello, world")["input_ids"]
+    assert tokenizers[0].chat_template == tokenizers[1].chat_template
+    assert (converted / "generation_config.json").read_bytes() == (dense / "generation_config.json").read_bytes()
+
+
+def test_no_foreign_code_is_named(tmp_path, dense):
+    source = shutil.copytree(dense, tmp_path / "source")
+    for name in ("config.json", "tokenizer_config.json"):
+        content = json.loads((source / name).read_text())
+        content["auto_map"] = {"AutoTokenizer": ["stranger/repo--evil.Tokenizer", None]}
+        (source / name).write_text(json.dumps(content))
+    (source / "evil.py").write_text("raise SystemExit('run')")
+    convert_checkpoint(source, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out/evil.py").exists()
+    assert not any("stranger" in path.read_text() for path in (tmp_path / "out").glob("*.json"))
+
+
+def test_recomputed_and_redundant_tensors_are_allowed(tmp_path):
+    dense = make_dense(tmp_path / "dense", tie_word_embeddings=True)
+    tensors = load_file(dense / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    convert_checkpoint(dense, tmp_path / "out", num_expert_sublayers=1, progress=False)
+    assert_same_logits(dense, tmp_path / "out")
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+def edit_config(**changes):
+    def edit(folder):
+        content = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**content, **changes}))
+
+    return edit
+
+
+def edit_tensors(change):
+    def edit(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return edit
+
+
+def overwrite(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def only_pickle(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def missing_shard(folder):
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def escaping_shard(folder):
+    index = {"weight_map": {"model.norm.weight": "../../model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def wrong_index(folder):
+    index = {"weight_map": {"model.norm.weight": "model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def put(name, tensor):
+    return edit_tensors(lambda tensors: tensors.__setitem__(name, tensor))
+
+
+def poke(value):
+    return edit_tensors(lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].view(-1).__setitem__(7, value))
+
+
+NORM = "model.norm.weight"
+BAD = {
+    "no config": (lambda folder: (folder / "config.json").unlink(), ["config.json", "missing"]),
+    "config is not JSON": (overwrite("config.json", b"{"), ["config.json", "not valid JSON"]),
+    "config is a list": (overwrite("config.json", b"[]"), ["config.json", "list"]),
+    "another architecture": (edit_config(model_type="gemma2"), ["'gemma2'", "'llama'"]),
+    "quantised": (edit_config(quantization_config={"quant_method": "awq"}), ["quantization_config"]),
+    "heads do not fit": (edit_config(num_attention_heads=5, head_dim=None), ["config.json"]),
+    "hidden size is text": (edit_config(hidden_size="wide"), ["config.json"]),
+    "pickle only": (only_pickle, ["pytorch_model.bin", "pickled", "save_pretrained"]),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), ["neither", "model.safetensors"]),
+    "truncated": (truncate, ["model.safetensors", "not a complete"]),
+    "empty weights": (overwrite("model.safetensors", b""), ["model.safetensors", "not a complete"]),
+    "corrupt header": (overwrite("model.safetensors", struct.pack("<Q", 9) + b"{not json"), ["not a complete"]),
+    "absurd header": (overwrite("model.safetensors", struct.pack("<Q", 2**60) + b"{}"), ["not a complete"]),
+    "missing shard": (missing_shard, ["model-00001-of-00002.safetensors", "not there"]),
+    "shard outside": (escaping_shard, ["../../model.safetensors", "plain file name"]),
+    "index disagrees": (wrong_index, ["does not hold the tensors"]),
+    "index without a map": (overwrite("model.safetensors.index.json", b"{}"), ["weight_map"]),
+    "wrong shape": (put(NORM, torch.ones(33)), [NORM, "[33]", "[32]"]),
+    "missing tensor": (edit_tensors(lambda tensors: tensors.pop(NORM)), ["lacks", NORM]),
+    "unknown tensor": (put("model.extra.weight", torch.ones(3)), ["model.extra.weight"]),
+    "integer weights": (put(NORM, torch.ones(32, dtype=torch.int8)), [NORM, "I8", "unquantised"]),
+    "NaN": (poke(float("nan")), ["model.layers.1.mlp.up_proj.weight", "1 values", "NaN"]),
+    "infinity": (poke(float("inf")), ["model.layers.1.mlp.up_proj.weight", "infinite"]),
+    "tied yet different": (edit_config(tie_word_embeddings=True), ["lm_head.weight", "tie_word_embeddings"]),
+    "tokenizer config is not JSON": (overwrite("tokenizer_config.json", b"{"), ["tokenizer_config.json", "JSON"]),
+}
+
+
+def fingerprint(folder):
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def assert_refused(capsys, source, destination, words):
+    """Through the command: exit code 2, one clear line on stderr, no traceback, nothing at the destination."""
+    from finedeep_cli import main
+
+    before = sorted(destination.parent.iterdir())
+    assert main(["convert", str(source), str(destination), "--quiet"]) == 2
+    printed = capsys.readouterr()
+    assert re.fullmatch(r"finedeep: error: [^\n]+\n", printed.err)
+    assert printed.out == ""
+    for word in words:
+        assert word in printed.err
+    assert sorted(destination.parent.iterdir()) == before
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_source_is_refused_in_one_line(tmp_path, capsys, dense, case):
+    damage, words = BAD[case]
+    source = shutil.copytree(dense, tmp_path / "source")
+    damage(source)
+    before = fingerprint(source)
+    (tmp_path / "place").mkdir()
+    assert_refused(capsys, source, tmp_path / "place" / "out", words)
+    assert fingerprint(source) == before
+
+
+@pytest.mark.parametrize("source", ["./no/such/folder", "no-such-org/no-such-model"])
+def test_missing_source(tmp_path, capsys, source):
+    assert_refused(capsys, source, tmp_path / "out", [source])
+
+
+def test_source_is_a_file(tmp_path, capsys, dense):
+    assert_refused(capsys, dense / "config.json", tmp_path / "out", ["is a file", "folder"])
+
+
+def test_destination_in_use(tmp_path, capsys, dense):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").write_text("keep me")
+    assert_refused(capsys, dense, tmp_path / "out", ["not empty", "ever overwritten"])
+    assert (tmp_path / "out/mine.txt").read_text() == "keep me"
+
+
+def test_destination_is_a_file(tmp_path, capsys, dense):
+    (tmp_path / "out").write_text("keep me")
+    assert_refused(capsys, dense, tmp_path / "out", ["not a folder"])
+
+
+def test_an_empty_destination_is_used(tmp_path, dense):
+    (tmp_path / "out").mkdir()
+    convert_checkpoint(dense, tmp_path / "out", num_expert_sublayers=1, progress=False)
+    assert_same_logits(dense, tmp_path / "out")
+
+
+def test_a_failure_while_writing_leaves_nothing(tmp_path, dense, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("finedeep.convert.checkpoint.save_file", full)
+    with pytest.raises(ConversionError, match="No space left"):
+        convert_checkpoint(dense, tmp_path / "out", progress=False)
+    assert list(tmp_path.iterdir()) == []
