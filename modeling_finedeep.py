@@ -208,7 +208,7 @@ class FinedeepForCausalLM(FinedeepPreTrainedModel, LlamaForCausalLM):
 # are therefore stepped over, and only their `forward` is inherited.
 
 
-class FinedeepForSequenceClassification(FinedeepPreTrainedModel, GenericForSequenceClassification):
+class FinedeepForSequenceClassification(GenericForSequenceClassification, FinedeepPreTrainedModel):
     """The decoder with a linear score on the last token that is not padding."""
 
     def __init__(self, config: FinedeepConfig):
@@ -219,7 +219,7 @@ class FinedeepForSequenceClassification(FinedeepPreTrainedModel, GenericForSeque
         self.post_init()
 
 
-class FinedeepForTokenClassification(FinedeepPreTrainedModel, GenericForTokenClassification):
+class FinedeepForTokenClassification(GenericForTokenClassification, FinedeepPreTrainedModel):
     """The decoder with a linear score on every token."""
 
     def __init__(self, config: FinedeepConfig):
@@ -232,7 +232,7 @@ class FinedeepForTokenClassification(FinedeepPreTrainedModel, GenericForTokenCla
         self.post_init()
 
 
-class FinedeepForQuestionAnswering(FinedeepPreTrainedModel, GenericForQuestionAnswering):
+class FinedeepForQuestionAnswering(GenericForQuestionAnswering, FinedeepPreTrainedModel):
     """The decoder with start and end scores on every token."""
 
     def __init__(self, config: FinedeepConfig):

@@ -67,11 +67,9 @@ def evaluate(
     lm_eval = require_harness()
     import torch
     from lm_eval.loggers import EvaluationTracker
-    from lm_eval.tasks import TaskManager
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    manager = TaskManager(include_path=str(include_path) if include_path else None)
-    _check_tasks(tasks, manager.all_tasks)
+    manager = _task_manager(tasks, include_path)
     trust = _is_finedeep(model)
     tracker = EvaluationTracker(output_path=str(output)) if output else None
     try:
@@ -113,11 +111,20 @@ def _is_finedeep(model: str | Path) -> bool:
     return config.get("model_type") == "finedeep"
 
 
-def _check_tasks(tasks: Sequence[str], known: Sequence[str]) -> None:
+def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> Any:
+    """The harness's index of tasks. Reading its thousands of own definitions takes seconds, so only where wanted."""
+    from lm_eval.tasks import TaskManager
+
+    if include_path:
+        own = TaskManager(include_path=str(include_path), include_defaults=False)
+        if set(tasks) <= set(own.all_tasks):
+            return own
+    manager = TaskManager(include_path=str(include_path) if include_path else None)
     for task in tasks:
-        if task not in known:
-            nearest = ", ".join(difflib.get_close_matches(task, known, n=3)) or "none is near"
+        if task not in manager.all_tasks:
+            nearest = ", ".join(difflib.get_close_matches(task, manager.all_tasks, n=3)) or "none is near"
             raise EvaluationError(
                 f"the harness has no task {task!r} (nearest: {nearest}). `lm-eval ls tasks` lists all; for tasks of "
                 "your own name their folder with --include-path."
             )
+    return manager

@@ -42,7 +42,9 @@ def test_the_nearest_widths_named_do_work():
             FinedeepConfig(intermediate_size=width, **fields)
         named = str(error.value).rsplit(":", 1)[1].strip(" .")
         for size in named.split(" or "):
-            assert FinedeepConfig(intermediate_size=int(size), **fields).expert_intermediate_size == int(size) // (M * K)
+            assert FinedeepConfig(intermediate_size=int(size), **fields).expert_intermediate_size == int(size) // (
+                M * K
+            )
 
 
 def test_every_field_survives_a_round_trip(tmp_path):
