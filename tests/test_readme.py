@@ -1,0 +1,115 @@
+"""Every snippet of the README runs."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import DATA, make_dense
+from finedeep.demo.questions import write_tasks
+from finedeep.demo.world import World
+from finedeep_cli import main
+from hub_server import running_hub
+from isolated import run_isolated
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def snippet(section, language):
+    part = README.split(f"\n## {section}\n", 1)[1].split("\n## ", 1)[0]
+    return re.search(rf"```{language}\n(.*?)```", part, re.DOTALL).group(1)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder in which `./llama` is a dense model, as the snippets assume."""
+    folder = tmp_path_factory.mktemp("readme")
+    make_dense(folder / "llama")
+    return folder
+
+
+@pytest.fixture
+def here(place, monkeypatch):
+    monkeypatch.chdir(place)
+    return place
+
+
+def test_convert_snippet(here):
+    command = shlex.split(snippet("Convert", "bash"))
+    assert command[0] == "finedeep"
+    assert main(command[1:]) == 0
+    assert (here / "llama-finedeep/config.json").is_file()
+
+
+def test_load_snippet(here):
+    code = snippet("Load", "python")
+    text = run_isolated(f"import os; os.chdir({str(here)!r})\n{code}\nanswer = type(model).__name__")
+    assert text == "FinedeepForCausalLM"
+
+
+def test_evaluate_snippet(here, capsys):
+    # the tasks named need downloads: the same command with local ones in their place
+    names = write_tasks(here / "tasks", World.from_seed(0), seed=0, samples=4)
+    line = snippet("Evaluate", "bash").replace("arc_easy,piqa", ",".join(names[:2]))
+    assert line != snippet("Evaluate", "bash")
+    assert main([*shlex.split(line)[1:], "--include-path", str(here / "tasks")]) == 0
+    assert re.search(r"\| +dense \| +finedeep \|", capsys.readouterr().out)
+
+
+def test_push_snippet_and_load_from_the_hub(here):
+    with running_hub() as (hub, environment):
+        subprocess.run(
+            [sys.executable, "-c", snippet("Push", "python")],
+            check=True,
+            cwd=here,
+            env={**os.environ, **environment},
+            timeout=120,
+        )
+        uploaded = hub.repositories["you/llama-finedeep"][-1]
+        assert {"config.json", "modeling_finedeep.py", "model.safetensors", "tokenizer.json"} <= set(uploaded)
+        code = snippet("Load", "python").replace("./llama-finedeep", "you/llama-finedeep")
+        loaded = run_isolated(
+            code + "\nimport hashlib; answer = [type(model).__name__, round(model(**prompt).logits.sum().item(), 2)]",
+            HF_HOME=str(here / "clean-cache"),
+            **environment,
+        )
+    local = run_isolated(
+        f"import os; os.chdir({str(here)!r})\n"
+        + snippet("Load", "python")
+        + "\nanswer = [type(model).__name__, round(model(**prompt).logits.sum().item(), 2)]"
+    )
+    assert loaded == local
+
+
+def test_the_first_screen_shows_both_commands():
+    screen = "\n".join(README.splitlines()[:30])
+    assert "make demo" in screen
+    assert "make test" in screen
+
+
+def test_the_table_of_the_plain_cut_is_what_the_command_prints():
+    shown = README.split("<!-- plain-cut:begin -->\n")[1].split("\n<!-- plain-cut:end -->")[0]
+    assert shown.count("\n") == 5 - 1 + 1
+    if not DATA.is_dir():
+        pytest.skip(f"the real checkpoint is not at {DATA}")
+    command = [sys.executable, ROOT / "examples/plain_cut.py", DATA / "stories260k", DATA / "text/tinystories.txt"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    numbers = [[float(x) for x in re.findall(r"-?\d+\.\d+", text)] for text in (shown, printed)]
+    assert numbers[0] == pytest.approx(numbers[1], abs=2e-4)
+
+
+def test_all_files_named_exist():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README) + re.findall(r"`(examples/[\w./]+)`", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_versions_named_are_the_ones_pinned():
+    pins = (ROOT / "constraints.txt").read_text()
+    assert "torch==2.13.0" in pins
+    for name, version in re.findall(r"(transformers|torch) (\d+\.\d+\.\d+)", README):
+        assert f"{name}=={version}" in pins, json.dumps([name, version])
