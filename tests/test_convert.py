@@ -3,15 +3,19 @@
 import hashlib
 import itertools
 import json
+import os
 import re
 import shutil
 import struct
+import subprocess
+import sys
 
 import pytest
 import torch
 from conftest import make_dense
 from finedeep.convert import ConversionError, convert_checkpoint
 from finedeep.convert.neurons import PADDING, contiguous
+from hub_server import running_hub
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -140,6 +144,32 @@ def test_recomputed_and_redundant_tensors_are_allowed(tmp_path):
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
     convert_checkpoint(dense, tmp_path / "out", num_expert_sublayers=1, progress=False)
+    assert_same_logits(dense, tmp_path / "out")
+
+
+def test_a_hub_id_is_fetched_without_its_code(tmp_path, dense):
+    """Over real HTTP; only configuration, weights and companions are asked for."""
+    files = {path.name: path.read_bytes() for path in dense.iterdir()}
+    files |= {"evil.py": b"raise SystemExit", "pytorch_model.bin": b"pickle"}
+    with running_hub() as (hub, environment):
+        hub.repositories["org/dense"] = [files]
+        command = [
+            sys.executable,
+            "-m",
+            "finedeep_cli",
+            "convert",
+            "org/dense",
+            str(tmp_path / "out"),
+            "--sublayers",
+            "1",
+        ]
+        done = subprocess.run(
+            command, env={**os.environ, **environment, "HF_HOME": str(tmp_path / "hub")}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        fetched = {path.rsplit("/", 1)[1] for _, path in hub.requests if "/resolve/" in path}
+    assert "model.safetensors" in fetched
+    assert not {"evil.py", "pytorch_model.bin"} & fetched
     assert_same_logits(dense, tmp_path / "out")
 
 

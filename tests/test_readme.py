@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
 from conftest import DATA, make_dense
 from finedeep.demo.questions import write_tasks
 from finedeep.demo.world import World
@@ -97,6 +98,8 @@ def test_the_table_of_the_plain_cut_is_what_the_command_prints():
     assert shown.count("\n") == 5 - 1 + 1
     if not DATA.is_dir():
         pytest.skip(f"the real checkpoint is not at {DATA}")
+    if int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("transformers 5 saved this checkpoint's tokenizer in a form that transformers 4 cannot read")
     command = [sys.executable, ROOT / "examples/plain_cut.py", DATA / "stories260k", DATA / "text/tinystories.txt"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     numbers = [[float(x) for x in re.findall(r"-?\d+\.\d+", text)] for text in (shown, printed)]

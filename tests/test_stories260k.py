@@ -11,7 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 @pytest.fixture(scope="module")
 def source(data):
-    return data / "stories260k"
+    folder = data / "stories260k"
+    try:
+        AutoTokenizer.from_pretrained(folder)
+    except ValueError:
+        pytest.skip("transformers 5 saved this checkpoint's tokenizer in a form that transformers 4 cannot read")
+    return folder
 
 
 @pytest.fixture(scope="module")
