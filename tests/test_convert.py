@@ -110,6 +110,20 @@ def test_weights_of_a_split_are_the_dense_weights(tmp_path, dense):
             assert not after[f"{layer}.sublayers.{m}.down_proj.router"].any()
 
 
+@pytest.mark.parametrize(("M", "K"), [(1, 8), (2, 8), (4, 3)])
+@torch.no_grad()
+def test_sublayers_of_a_split_sum_to_the_dense_ffn(tmp_path, M, K):
+    """On one and the same input, which is the sense in which a cut keeps the FFN; biases and padding included."""
+    dense = make_dense(tmp_path / "dense", mlp_bias=True)
+    convert_checkpoint(dense, tmp_path / "out", num_expert_sublayers=M, num_experts_per_sublayer=K, progress=False)
+    h = torch.randn(3, 40, 32)
+    dense_layers, layers = LlamaForCausalLM.from_pretrained(dense).model.layers, load(tmp_path / "out").model.layers
+    for dense_layer, layer in zip(dense_layers, layers, strict=True):
+        expected = dense_layer.mlp(dense_layer.post_attention_layernorm(h))
+        found = sum(sublayer(h) for sublayer in layer.sublayers)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dtype_is_kept(tmp_path, dtype):
     dense = make_dense(tmp_path / "dense", dtype=dtype)
