@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", default="8", metavar="N", help='a number or "auto" (default: 8)')
     parser.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU where there is one)")
     parser.add_argument("--dtype", default="auto", help="such as float32 or bfloat16 (default: the checkpoint's own)")
+    parser.add_argument("--max-length", type=positive_int, metavar="N", help="tokens (default: the model's own limit)")
     parser.add_argument("--seed", type=int, default=1234, help="for few-shot examples and bootstrap (default: 1234)")
 
 
@@ -47,6 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
             batch_size=arguments.batch_size,
             device=arguments.device,
             dtype=arguments.dtype,
+            max_length=arguments.max_length,
             output=arguments.output,
             seed=arguments.seed,
         )

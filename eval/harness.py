@@ -5,6 +5,7 @@ import difflib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ def evaluate(
     batch_size: int | str = 8,
     device: str | None = None,
     dtype: str = "auto",
+    max_length: int | None = None,
     output: str | Path | None = None,
     seed: int = 1234,
 ) -> Results:
@@ -55,6 +57,7 @@ def evaluate(
         batch_size: a number, or "auto".
         device: such as "cpu" or "cuda:0"; None picks a GPU where there is one.
         dtype: "auto" for the checkpoint's own, or such as "float32".
+        max_length: tokens of context and answer together; None for the model's own limit.
         output: a folder for the harness's results JSON.
         seed: for the choice of few-shot examples and bootstrap samples.
 
@@ -76,7 +79,12 @@ def evaluate(
         with contextlib.redirect_stdout(sys.stderr):  # the harness prints its progress; stdout is for the scores
             results = lm_eval.simple_evaluate(
                 model="hf",
-                model_args={"pretrained": str(model), "trust_remote_code": trust, "dtype": dtype},
+                model_args={
+                    "pretrained": str(model),
+                    "trust_remote_code": trust,
+                    "dtype": dtype,
+                    "max_length": max_length,
+                },
                 tasks=list(tasks),
                 task_manager=manager,
                 num_fewshot=num_fewshot,
@@ -92,6 +100,13 @@ def evaluate(
             )
     except (OSError, ConnectionError) as error:
         raise EvaluationError(f"{model} on {', '.join(tasks)}: {' '.join(str(error).split())}") from error
+    except AssertionError as error:
+        if "continuation_enc" not in traceback.format_exc():
+            raise
+        raise EvaluationError(
+            f"an answer in {', '.join(tasks)} has more tokens than {model} can take at once. --max-length raises the "
+            "limit beyond the length that the model was trained for."
+        ) from error
     samples = results.pop("samples", None)
     if tracker:
         tracker.save_results_aggregated(results=results, samples=samples)

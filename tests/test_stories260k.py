@@ -3,7 +3,7 @@
 import pytest
 import torch
 from finedeep.convert import convert_checkpoint
-from finedeep.eval import evaluate
+from finedeep.eval import EvaluationError, evaluate
 from finedeep.eval.local_tasks import write_task
 from finedeep.eval.table import score_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -79,12 +79,20 @@ def test_benchmark_questions_score_the_same(tmp_path, data, source, exact):
     assert dense == finedeep
 
 
+def test_an_answer_longer_than_the_model_is_named(tmp_path, exact):
+    (tmp_path / "long.jsonl").write_text('{"question": "?", "choices": ["a", "' + "word " * 600 + '"], "answer": 0}\n')
+    write_task(tmp_path, "long", "multiple_choice", tmp_path / "long.jsonl")
+    with pytest.raises(EvaluationError, match="--max-length"):
+        evaluate(exact, ["long"], include_path=tmp_path)
+
+
 @pytest.mark.slow
 def test_all_benchmark_questions_score_the_same(tmp_path, data, source, exact):
     for name in ("arc_easy", "piqa", "openbookqa"):
         write_task(tmp_path, f"local_{name}", "multiple_choice", data / f"benchmarks/{name}.jsonl")
     names = ["local_arc_easy", "local_piqa", "local_openbookqa"]
     dense, finedeep = (
-        score_rows(evaluate(folder, names, include_path=tmp_path, batch_size=64)) for folder in (source, exact)
+        score_rows(evaluate(folder, names, include_path=tmp_path, batch_size=64, max_length=1024))
+        for folder in (source, exact)
     )
     assert dense == finedeep
