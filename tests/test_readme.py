@@ -62,6 +62,15 @@ def test_evaluate_snippet(here, capsys):
     assert re.search(r"\| +dense \| +finedeep \|", capsys.readouterr().out)
 
 
+def test_adapt_snippet(here):
+    pytest.importorskip("peft")
+    code = snippet("Train and adapt", "python")
+    names = run_isolated(
+        f"import os; os.chdir({str(here)!r})\n{code}\nanswer = [n for n, _ in model.named_parameters() if 'lora_' in n]"
+    )
+    assert any("down_proj" in name for name in names)
+
+
 def test_push_snippet_and_load_from_the_hub(here):
     with running_hub() as (hub, environment):
         subprocess.run(

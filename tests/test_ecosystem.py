@@ -1,0 +1,173 @@
+"""What users do with a Llama, done with a Finedeep: adapters, checkpointing, compilation, other heads."""
+
+import pytest
+import torch
+import transformers
+from conftest import TINY
+from finedeep import FinedeepConfig, FinedeepForCausalLM
+from isolated import run_isolated
+
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def random_model(**changes):
+    torch.manual_seed(0)
+    fields = {**TINY, "intermediate_size": 48, "num_experts_per_sublayer": 4, **changes}
+    model = FinedeepForCausalLM(FinedeepConfig(**fields))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(0, 256, (2, 50), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("target_modules", "target_parameters", "adapted"),
+    [
+        # per decoder layer: four in attention, and in each of two sub-layers gate, up and, where asked for, down
+        ("all-linear", None, 8),
+        ("all-linear", ["down_proj.weight"], 10),
+        (["q_proj"], ["down_proj.weight"], 3),
+    ],
+)
+def test_lora_gives_the_same_before_and_after_merging(ids, target_modules, target_parameters, adapted):
+    peft = pytest.importorskip("peft")
+    base = random_model().eval()
+    plain = base(ids).logits
+    config = peft.LoraConfig(r=4, target_modules=target_modules, target_parameters=target_parameters)
+    model = peft.get_peft_model(base, config)
+    adapters = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    assert len(adapters) == 2 * adapted * base.config.num_hidden_layers
+    for parameter in adapters.values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model(ids, labels=ids).loss.backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in adapters.values())
+    few = ids[:1, :4]  # the per-expert form; the whole batch takes the one-GEMM form
+    with torch.no_grad():
+        before = [model(x).logits for x in (ids, few)]
+        merged = model.merge_and_unload()
+        after = [merged(x).logits for x in (ids, few)]
+    assert (before[0] - plain).abs().max() > 0.01
+    for b, a in zip(before, after, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_naming_the_down_projection_as_a_module_is_refused_not_skipped():
+    peft = pytest.importorskip("peft")
+    with pytest.raises(ValueError, match="FinedeepDownProjection"):
+        peft.get_peft_model(random_model(), peft.LoraConfig(target_modules=SEVEN))
+
+
+def gradients(model, ids):
+    model.zero_grad()
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(ids, reentrant):
+    model = random_model().train()
+    expected = gradients(model, ids)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert all(layer.gradient_checkpointing for layer in model.model.layers)
+    found = gradients(model, ids)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_eager_and_sdpa_attention_agree_and_outputs_are_recorded(ids):
+    model = random_model().eval()
+    with torch.no_grad():
+        expected = model(ids).logits
+        model.set_attn_implementation("eager")
+        out = model(ids, output_hidden_states=True, output_attentions=True)
+    torch.testing.assert_close(out.logits, expected, rtol=1e-4, atol=1e-4)
+    assert len(out.hidden_states) == 3
+    assert len(out.attentions) == 2
+    assert out.attentions[0].shape == (2, 4, 50, 50)
+
+
+def test_compiles_as_one_graph_without_a_new_one_for_each_length(ids):
+    model = random_model().eval()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        for length in (40, 41, 57, 33, 50, 29):
+            compiled(ids[:, :length], use_cache=False)
+        found = compiled(ids, use_cache=False).logits
+        torch.testing.assert_close(found, model(ids).logits, rtol=1e-4, atol=1e-4)
+    assert len(graphs) <= 2  # the first length, then any length
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_follows_float32(ids, dtype):
+    model = random_model().eval()
+    with torch.no_grad():
+        expected = model(ids).logits
+        found = model.to(dtype)(ids).logits
+    assert found.dtype == dtype
+    assert (found.float() - expected).abs().max() < 0.1 * expected.std()
+
+
+def test_embeddings_can_be_resized(ids):
+    model = random_model(tie_word_embeddings=True)
+    model.resize_token_embeddings(300)
+    assert model(ids).logits.shape[-1] == 300
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+SAVE_AND_RELOAD = """
+import json, pathlib, torch, transformers
+source, target, name = sys.argv[1:]
+auto = getattr(transformers, name)
+torch.manual_seed(0)
+model = auto.from_pretrained(source, trust_remote_code=True).eval()
+model.save_pretrained(target)
+again, info = auto.from_pretrained(target, trust_remote_code=True, output_loading_info=True)
+ids = torch.arange(20)[None]
+before, after = model(ids)[0], again.eval()(ids)[0]
+config = json.loads((pathlib.Path(target) / "config.json").read_text())
+answer = {
+    "equal": torch.equal(before, after),
+    "missing": sorted(info["missing_keys"]),
+    "auto_map": config["auto_map"],
+    "code": sorted(p.name for p in pathlib.Path(target).glob("*.py")),
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "head", ["Model", "ModelForCausalLM", "ModelForSequenceClassification", "ModelForTokenClassification"]
+    + ["ModelForQuestionAnswering"]
+)  # fmt: skip
+def test_every_head_saves_itself_whole(tmp_path, converted, head):
+    found = run_isolated(SAVE_AND_RELOAD, converted, tmp_path / "out", f"Auto{head}")
+    assert found["equal"]
+    assert found["missing"] == []
+    assert found["code"] == ["configuration_finedeep.py", "modeling_finedeep.py"]
+    assert found["auto_map"]["AutoModelForCausalLM"] == "modeling_finedeep.FinedeepForCausalLM"
+    assert len(found["auto_map"]) == 6
+
+
+def test_trainer_trains(tmp_path, ids):
+    pytest.importorskip("accelerate")
+    model = FinedeepForCausalLM(FinedeepConfig(**{**TINY, "intermediate_size": 48}))
+    rows = [{"input_ids": row, "labels": row} for row in ids.repeat(8, 1)]
+    arguments = transformers.TrainingArguments(
+        tmp_path, max_steps=30, learning_rate=1e-2, report_to=[], disable_tqdm=True, use_cpu=True, logging_steps=10
+    )
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows)
+    before = model(ids, labels=ids).loss.item()
+    trainer.train()
+    assert model.eval()(ids, labels=ids).loss.item() < before - 1
+    routers = [layer.sublayers[0].down_proj.router for layer in model.model.layers]
+    assert all(router.abs().max() > 0 for router in routers)  # they start at zero and must not stay there
