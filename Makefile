@@ -14,8 +14,9 @@ help:
 	@sed -n 's/^# //p' Makefile | head -3
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@echo 'Installing into $(VENV), once; this takes a few minutes ...'
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 # Every run has a fresh folder, so that no earlier result is overwritten or in the way.

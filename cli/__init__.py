@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except KeyboardInterrupt:
-        print("finedeep: interrupted; nothing was left half made", file=sys.stderr)
+        print("finedeep: interrupted", file=sys.stderr)
         return 130
     except ValueError as error:
         if type(error).__module__.split(".")[0] != "finedeep":

@@ -82,7 +82,7 @@ def train_dense(folder: Path, texts: Iterator[str], steps: int, seed: int) -> fl
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        bar.set_postfix(loss=f"{losses[-1]:.3f}")
+        bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     last = losses[-max(1, steps // 10) :]
