@@ -85,7 +85,11 @@ class FinedeepConfig(LlamaConfig):
 
     @property
     def expert_intermediate_size(self) -> int:
-        """e = intermediate_size / (M * K), the width of one expert. Derived, never stored."""
+        """e = intermediate_size / (M * K), the width of one expert. Derived, never stored.
+
+        Raises `ValueError` where a field that was changed after the config was made no longer fits.
+        """
+        self._check_width()
         return self.intermediate_size // (self.num_expert_sublayers * self.num_experts_per_sublayer)
 
     def _check_width(self) -> None:

@@ -123,7 +123,7 @@ class FinedeepSublayer(nn.Module):
 
     def __init__(self, config: FinedeepConfig):
         super().__init__()
-        width = config.intermediate_size // config.num_expert_sublayers
+        width = config.num_experts_per_sublayer * config.expert_intermediate_size
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gate_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)

@@ -48,8 +48,7 @@ def evaluate(
     `lm_eval run --model hf --model_args pretrained=MODEL,trust_remote_code=True` reports.
 
     Args:
-        model: a local folder or a Hub id, dense or Finedeep. Code in a Finedeep folder is run; other models load
-            without remote code.
+        model: a local folder or a Hub id, dense or Finedeep. No code out of it is run.
         tasks: names of the harness's tasks or groups, or of those in `include_path`.
         include_path: a folder with task definitions of your own.
         num_fewshot: examples before each question; None leaves it to the task.
@@ -73,18 +72,13 @@ def evaluate(
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     manager = _task_manager(tasks, include_path)
-    trust = _is_finedeep(model)
     tracker = EvaluationTracker(output_path=str(output)) if output else None
     try:
         with contextlib.redirect_stdout(sys.stderr):  # the harness prints its progress; stdout is for the scores
             results = lm_eval.simple_evaluate(
                 model="hf",
-                model_args={
-                    "pretrained": str(model),
-                    "trust_remote_code": trust,
-                    "dtype": dtype,
-                    "max_length": max_length,
-                },
+                # Importing this package has registered Finedeep: no code out of a model's folder need be trusted.
+                model_args={"pretrained": str(model), "dtype": dtype, "max_length": max_length},
                 tasks=list(tasks),
                 task_manager=manager,
                 num_fewshot=num_fewshot,
@@ -113,17 +107,6 @@ def evaluate(
         for task, task_samples in (samples or {}).items():
             tracker.save_results_samples(task_name=task, samples=task_samples)
     return results
-
-
-def _is_finedeep(model: str | Path) -> bool:
-    """Read the model type from config.json alone, so that no code of an unknown model runs."""
-    from transformers import PretrainedConfig
-
-    try:
-        config, _ = PretrainedConfig.get_config_dict(str(model))
-    except (OSError, ValueError) as error:
-        raise EvaluationError(f"{model} cannot be loaded: {' '.join(str(error).split())}") from error
-    return config.get("model_type") == "finedeep"
 
 
 def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> Any:

@@ -1,6 +1,5 @@
 """Shared fixtures: tiny dense checkpoints made on the spot, and the real one where it is at hand."""
 
-import atexit
 import os
 import shutil
 import tempfile
@@ -8,7 +7,6 @@ from pathlib import Path
 
 # Before any Hugging Face import: no network, no traces in the user's cache, no chatter.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="finedeep-tests-")
-atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -34,6 +32,10 @@ TINY = {
     "bos_token_id": 256,
     "eos_token_id": 257,
 }
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,8 @@ import json
 import math
 
 import pytest
-from finedeep import FinedeepConfig
+import torch
+from finedeep import FinedeepConfig, FinedeepForCausalLM
 from transformers import AutoConfig
 
 BAD = [
@@ -88,6 +89,13 @@ def test_rope_of_either_spelling_is_read():
     for config in (new, old):
         rope = getattr(config, "rope_parameters", None) or {**config.rope_scaling, "rope_theta": config.rope_theta}
         assert (rope["rope_theta"], rope["rope_type"], rope["factor"]) == (7.0, "linear", 2.0)
+
+
+def test_a_field_changed_later_is_refused_when_a_model_is_made(tmp_path):
+    FinedeepConfig(intermediate_size=64, num_hidden_layers=1).save_pretrained(tmp_path)
+    config = FinedeepConfig.from_pretrained(tmp_path, num_expert_sublayers=3)
+    with pytest.raises(ValueError, match="48 or 72"), torch.device("meta"):
+        FinedeepForCausalLM(config)
 
 
 def test_a_callers_dict_is_not_changed():

@@ -3,12 +3,11 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import make_dense
 from finedeep.demo.questions import write_tasks
 from finedeep.demo.world import World
 from finedeep.eval import EvaluationError, evaluate, side_by_side
@@ -122,11 +121,12 @@ def test_without_the_harness_the_message_says_how_to_get_it(monkeypatch):
         evaluate("anything", ["arc_easy"])
 
 
-def test_a_dense_model_runs_no_remote_code(tmp_path, tasks):
-    folder = make_dense(tmp_path / "dense")
+@pytest.mark.parametrize("model", ["dense", "converted"])
+def test_no_code_of_a_model_is_run(tmp_path, tasks, model, request):
+    folder = shutil.copytree(request.getfixturevalue(model), tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
-    Path(folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config))
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     evaluate(folder, ["demo_choice"], include_path=tasks[0], limit=1, device="cpu")
     assert not (tmp_path / "ran").exists()
