@@ -3,16 +3,10 @@
 Importing the package registers the model with transformers' Auto classes.
 """
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
+import transformers
 
-from .configuration_finedeep import FinedeepConfig
+from . import modeling_finedeep
+from .configuration_finedeep import AUTO_MAP, FinedeepConfig
 from .modeling_finedeep import (
     FinedeepForCausalLM,
     FinedeepForQuestionAnswering,
@@ -23,17 +17,13 @@ from .modeling_finedeep import (
 )
 from .version import __version__
 
-AutoConfig.register(FinedeepConfig.model_type, FinedeepConfig, exist_ok=True)
+transformers.AutoConfig.register(FinedeepConfig.model_type, FinedeepConfig, exist_ok=True)
 FinedeepConfig.register_for_auto_class()
-for _auto, _model in (
-    (AutoModel, FinedeepModel),
-    (AutoModelForCausalLM, FinedeepForCausalLM),
-    (AutoModelForQuestionAnswering, FinedeepForQuestionAnswering),
-    (AutoModelForSequenceClassification, FinedeepForSequenceClassification),
-    (AutoModelForTokenClassification, FinedeepForTokenClassification),
-):
-    _auto.register(FinedeepConfig, _model, exist_ok=True)
-    _model.register_for_auto_class(_auto.__name__)  # so that save_pretrained copies the code into the folder
+for _auto, _reference in AUTO_MAP.items():
+    if _auto != "AutoConfig":
+        _model = getattr(modeling_finedeep, _reference.rpartition(".")[2])
+        getattr(transformers, _auto).register(FinedeepConfig, _model, exist_ok=True)
+        _model.register_for_auto_class(_auto)  # so that save_pretrained copies the code into the folder
 
 __all__ = [
     "FinedeepConfig",

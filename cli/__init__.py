@@ -34,7 +34,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     # A library's chatter (progress of loading, advice) would drown the command's own lines.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         arguments.run(arguments)
     except KeyboardInterrupt:

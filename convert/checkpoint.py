@@ -5,7 +5,6 @@ import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -18,7 +17,7 @@ from .destination import check_free, whole_folder
 from .errors import ConversionError
 from .llama import RECOMPUTED, Target, dense_shapes, finedeep_targets
 from .neurons import PADDING, contiguous
-from .source import INDEX, WEIGHTS, DenseCheckpoint, open_checkpoint
+from .source import INDEX, WEIGHTS, DenseCheckpoint, open_checkpoint, read_json
 
 MAX_SHARD_BYTES = 5 * 10**9
 CODE_FILES = (Path(configuration_finedeep.__file__), Path(modeling_finedeep.__file__))
@@ -186,13 +185,13 @@ def _write_weights(
     progress: bool,
 ) -> int:
     """Write the shards and, if there is more than one, their index. Returns the number of parameters."""
-    shards: list[dict[str, tuple[int, ...]]] = []
+    shards: list[list[str]] = []  # the tensor names in each
     pending: dict[str, torch.Tensor] = {}
     pending_bytes = total_bytes = parameters = 0
 
     def flush() -> None:
         nonlocal pending, pending_bytes
-        shards.append({name: tuple(tensor.shape) for name, tensor in pending.items()})
+        shards.append(list(pending))
         path = folder / f"shard-{len(shards)}"
         save_file(pending, path, metadata={"format": "pt"})
         path.chmod((folder / "config.json").stat().st_mode)  # safetensors makes files that only their owner can read
@@ -228,10 +227,7 @@ def _write_companions(folder: Path, dense: DenseCheckpoint) -> None:
         if file.name != "tokenizer_config.json":
             shutil.copyfile(file, folder / file.name)
             continue
-        try:
-            content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConversionError(f"{file} is not valid JSON ({error}). Get the checkpoint again.") from error
+        content = read_json(file, "the tokenizer's configuration")
         # The user will load this folder with trust_remote_code: it must not point at anybody else's code.
         content.pop("auto_map", None)
         (folder / file.name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

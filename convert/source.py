@@ -80,7 +80,7 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> DenseChe
         ConversionError: there is no such folder or repository, or it holds no complete safetensors checkpoint.
     """
     folder = _local_folder(source, revision)
-    config = _read_json(folder / "config.json", "the model's configuration")
+    config = read_json(folder / "config.json", "the model's configuration")
     tensors: dict[str, TensorInfo] = {}
     for path, listed in _weight_files(folder).items():
         with _opened(path) as file:
@@ -129,7 +129,7 @@ def _local_folder(source: str | Path, revision: str | None) -> Path:
 def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
     """The weight files, each with the tensor names that an index lists for it (None where there is no index)."""
     if (folder / INDEX).is_file():
-        weight_map = _read_json(folder / INDEX, "the list of shards").get("weight_map")
+        weight_map = read_json(folder / INDEX, "the list of shards").get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ConversionError(f"{folder / INDEX} has no weight_map; get the checkpoint again.")
         files: dict[Path, set[str] | None] = {}
@@ -156,7 +156,8 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
     raise ConversionError(f"{folder} has neither {WEIGHTS} nor {INDEX}; a safetensors checkpoint is wanted.")
 
 
-def _read_json(path: Path, what: str) -> dict[str, Any]:
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Read a JSON object. Raises `ConversionError` where the file is missing or holds anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

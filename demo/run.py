@@ -4,7 +4,8 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from ..convert import ConversionError, convert_checkpoint
+from ..convert import convert_checkpoint
+from ..convert.destination import check_free
 from ..eval import evaluate, side_by_side
 from ..eval.harness import require_harness
 from .dense import train_dense
@@ -29,8 +30,7 @@ def run_demo(output: str | Path, *, seed: int = 0, steps: int = 300) -> str:
     """
     require_harness()
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConversionError(f"{output} exists and is not an empty folder; name another with --output or remove it.")
+    check_free(output)
     logging.disable_progress_bar()  # loading takes no time here
 
     world = World.from_seed(seed)

@@ -92,7 +92,7 @@ def evaluate(
                 torch_random_seed=seed,
                 fewshot_random_seed=seed,
             )
-    except (OSError, ConnectionError) as error:
+    except OSError as error:
         raise EvaluationError(f"{model} on {', '.join(tasks)}: {' '.join(str(error).split())}") from error
     except AssertionError as error:
         if "continuation_enc" not in traceback.format_exc():

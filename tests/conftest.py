@@ -14,7 +14,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 # Real data for larger checks. It is not part of the project.
 DATA = Path(os.environ.get("FINEDEEP_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -43,6 +43,16 @@ def data():
     if not DATA.is_dir():
         pytest.skip(f"the real checkpoint and texts are not at {DATA}; FINEDEEP_TEST_DATA names another place")
     return DATA
+
+
+@pytest.fixture(scope="session")
+def stories260k(data):
+    folder = data / "stories260k"
+    try:
+        AutoTokenizer.from_pretrained(folder)
+    except ValueError:
+        pytest.skip("transformers 5 saved this checkpoint's tokenizer in a form that transformers 4 cannot read")
+    return folder
 
 
 def byte_tokenizer():

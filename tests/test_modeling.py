@@ -35,7 +35,6 @@ def randomised(config):
     """A float64 model with every parameter random, so that no zero router or unit norm hides a term."""
     torch.manual_seed(0)
     model = FinedeepForCausalLM(config).double()
-    # Llama's RMSNorm casts to float32 for its variance; the reference comparison is in float64 throughout.
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return model

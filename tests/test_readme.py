@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import transformers
-from conftest import DATA, make_dense
+from conftest import make_dense
 from finedeep.demo.questions import write_tasks
 from finedeep.demo.world import World
 from finedeep_cli import main
@@ -18,6 +17,7 @@ from hub_server import running_hub
 from isolated import run_isolated
 
 ROOT = Path(__file__).parents[1]
+LOGITS = "\nanswer = [type(model).__name__, round(model(**prompt).logits.sum().item(), 2)]"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -84,15 +84,11 @@ def test_push_snippet_and_load_from_the_hub(here):
         assert {"config.json", "modeling_finedeep.py", "model.safetensors", "tokenizer.json"} <= set(uploaded)
         code = snippet("Load", "python").replace("./llama-finedeep", "you/llama-finedeep")
         loaded = run_isolated(
-            code + "\nimport hashlib; answer = [type(model).__name__, round(model(**prompt).logits.sum().item(), 2)]",
+            code + LOGITS,
             HF_HOME=str(here / "clean-cache"),
             **environment,
         )
-    local = run_isolated(
-        f"import os; os.chdir({str(here)!r})\n"
-        + snippet("Load", "python")
-        + "\nanswer = [type(model).__name__, round(model(**prompt).logits.sum().item(), 2)]"
-    )
+    local = run_isolated(f"import os; os.chdir({str(here)!r})\n" + snippet("Load", "python") + LOGITS)
     assert loaded == local
 
 
@@ -102,16 +98,18 @@ def test_the_first_screen_shows_both_commands():
     assert "make test" in screen
 
 
-def test_the_table_of_the_plain_cut_is_what_the_command_prints():
-    shown = README.split("<!-- plain-cut:begin -->\n")[1].split("\n<!-- plain-cut:end -->")[0]
-    assert shown.count("\n") == 5 - 1 + 1
-    if not DATA.is_dir():
-        pytest.skip(f"the real checkpoint is not at {DATA}")
-    if int(transformers.__version__.split(".")[0]) < 5:
-        pytest.skip("transformers 5 saved this checkpoint's tokenizer in a form that transformers 4 cannot read")
-    command = [sys.executable, ROOT / "examples/plain_cut.py", DATA / "stories260k", DATA / "text/tinystories.txt"]
+def plain_cut_table():
+    return README.split("<!-- plain-cut:begin -->\n")[1].split("\n<!-- plain-cut:end -->")[0]
+
+
+def test_the_table_of_the_plain_cut_is_whole():
+    assert plain_cut_table().count("\n") == 5
+
+
+def test_the_table_of_the_plain_cut_is_what_the_command_prints(data, stories260k):
+    command = [sys.executable, ROOT / "examples/plain_cut.py", stories260k, data / "text/tinystories.txt"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    numbers = [[float(x) for x in re.findall(r"-?\d+\.\d+", text)] for text in (shown, printed)]
+    numbers = [[float(x) for x in re.findall(r"-?\d+\.\d+", text)] for text in (plain_cut_table(), printed)]
     assert numbers[0] == pytest.approx(numbers[1], abs=2e-4)
 
 
