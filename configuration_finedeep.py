@@ -46,6 +46,9 @@ class FinedeepConfig(LlamaConfig):
         sublayer_output_norm (`bool`, defaults to `False`):
             Whether a second RMSNorm acts on a sub-layer's output before it is added ("sandwich norm").
 
+        output_router_logits (`bool`, defaults to `False`):
+            Whether models return, for each layer, the gates of shape (batch, seq, M, K) as `router_logits`.
+
     Raises:
         ValueError: a field has a value that cannot work. The message names the field, the value and the nearest
             values that do.
@@ -69,6 +72,7 @@ class FinedeepConfig(LlamaConfig):
         routing_function: str = "sigmoid",
         routed_scaling_factor: float | None = None,
         sublayer_output_norm: bool = False,
+        output_router_logits: bool = False,
         **kwargs: Any,
     ):
         self.num_expert_sublayers = _positive_int("num_expert_sublayers", num_expert_sublayers)
@@ -79,6 +83,7 @@ class FinedeepConfig(LlamaConfig):
             routed_scaling_factor = NEUTRAL_SCALE[routing_function](num_experts_per_sublayer)
         self.routed_scaling_factor = _positive_float("routed_scaling_factor", routed_scaling_factor)
         self.sublayer_output_norm = _boolean("sublayer_output_norm", sublayer_output_norm)
+        self.output_router_logits = _boolean("output_router_logits", output_router_logits)
         kwargs["auto_map"] = dict(AUTO_MAP)
         super().__init__(**_readable_by_every_version(kwargs))
         self._check_width()

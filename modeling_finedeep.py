@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
 )
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaDecoderLayer,
@@ -32,6 +34,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
+from transformers.utils.generic import can_return_tuple
 
 from .configuration_finedeep import FinedeepConfig
 
@@ -42,19 +45,15 @@ class FinedeepOutputNorm(LlamaRMSNorm):
     initial_weight = 0.1
 
 
-class FinedeepDownProjection(nn.Module):
-    r"""The second half of a sub-layer's K experts: from activations a_k to sum_k g_k * E_k.
+class FinedeepSublayer(nn.Module):
+    r"""One expert sub-layer m: from the residual stream h to the K experts' weighted sum, which is to be added to it.
 
-    With a_k = act(W_gate_k n) * (W_up_k n), an expert's output and gate are
+    The K experts' projections are stacked into three linear layers of the dense model's kind: rows of `gate_proj` and
+    `up_proj`, columns of `down_proj`. `router` (K, hidden) holds the w_k, `expert_bias` (K, hidden) the experts' output
+    biases where `mlp_bias` is set.
 
-        E_k = W_down_k a_k + b_k        g_k = c * sigmoid(<w_k, E_k>)
-
-    and `forward` returns sum_k g_k * E_k by whichever of two equal forms is cheaper for the number of tokens.
-    The down projections and the routers live in one module, because the one-GEMM form reads scores from the
-    product of both: a wrapper around either one (LoRA, offload, quantisation) must see that use.
-
-    Shapes: `weight` (hidden, K * e), the K down projections side by side; `router` (K, hidden), row k is w_k;
-    `bias` (K, hidden) where `mlp_bias` is set.
+    The function has two forms. `per_expert` is the definition: K outputs, K scores, their weighted sum. `one_gemm`
+    stores no expert output, since <w_k, W_down_k a_k> = <W_down_k' w_k, a_k> = <v_k, a_k>, and v has no token in it.
     """
 
     # Up to here K expert outputs per token cost less than reading W_down twice (measured: 16 to 32 on two CPU cores).
@@ -67,76 +66,153 @@ class FinedeepDownProjection(nn.Module):
         self.routing_input = config.routing_input
         self.routing_function = config.routing_function
         self.routed_scaling_factor = config.routed_scaling_factor
-        self.weight = nn.Parameter(torch.empty(config.hidden_size, self.num_experts * self.expert_width))
-        self.router = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
-        bias_shape = (self.num_experts, config.hidden_size)
-        self.bias = nn.Parameter(torch.empty(bias_shape)) if config.mlp_bias else None
-
-    def forward(self, a: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
-        """Args: a (batch, seq, K * e) activations; n (batch, seq, hidden). Returns (batch, seq, hidden)."""
-        a = a.unflatten(-1, (self.num_experts, self.expert_width))
-        tokens = a.shape[:-2].numel()
-        return self.per_expert(a, n) if tokens <= self.per_expert_max_tokens else self.one_gemm(a, n)
-
-    def per_expert(self, a: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
-        """The definition: K outputs, K gates, their weighted sum. One read of W_down."""
-        E = torch.einsum("...ke,dke->...kd", a, self.experts_view())
-        if self.bias is not None:
-            E = E + self.bias
-        if self.routing_input == "expert_output":
-            s = torch.einsum("...kd,kd->...k", E, self.router)
-        else:
-            s = nn.functional.linear(n, self.router)
-        g = self.gate(s)
-        return torch.einsum("...k,...kd->...d", g, E)
-
-    def one_gemm(self, a: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
-        """The same function without storing any E_k: <w_k, W_down_k a_k> = <W_down_k' w_k, a_k> = <v_k, a_k>."""
-        if self.routing_input == "expert_output":
-            v = torch.einsum("kd,dke->ke", self.router, self.experts_view())
-            s = torch.einsum("...ke,ke->...k", a, v)
-            if self.bias is not None:
-                s = s + (self.router * self.bias).sum(-1)
-        else:
-            s = nn.functional.linear(n, self.router)
-        g = self.gate(s)
-        out = nn.functional.linear((g.unsqueeze(-1) * a).flatten(-2), self.weight)
-        return out if self.bias is None else out + g @ self.bias
-
-    def gate(self, s: torch.Tensor) -> torch.Tensor:
-        """g_k = c * sigmoid(s_k), or c * softmax(s)_k; s and g (batch, seq, K). Computed in float32 at least."""
-        exact = s if s.dtype == torch.float64 else s.float()
-        g = torch.sigmoid(exact) if self.routing_function == "sigmoid" else torch.softmax(exact, dim=-1)
-        return (self.routed_scaling_factor * g).to(s.dtype)
-
-    def experts_view(self) -> torch.Tensor:
-        """`weight` as (hidden, K, e): W_down_k is [:, k]."""
-        return self.weight.unflatten(1, (self.num_experts, self.expert_width))
-
-    def extra_repr(self) -> str:
-        hidden, width = self.weight.shape
-        return f"in_features={width}, out_features={hidden}, experts={self.num_experts}, bias={self.bias is not None}"
-
-
-class FinedeepSublayer(nn.Module):
-    """One expert sub-layer m: from h to sum_k g_k * E_k. `gate_proj` and `up_proj` hold the K experts' rows stacked."""
-
-    def __init__(self, config: FinedeepConfig):
-        super().__init__()
-        width = config.num_experts_per_sublayer * config.expert_intermediate_size
+        width = self.num_experts * self.expert_width
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gate_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
-        self.down_proj = FinedeepDownProjection(config)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+        per_expert = (self.num_experts, config.hidden_size)
+        self.router = nn.Parameter(torch.empty(per_expert))
+        self.expert_bias = nn.Parameter(torch.empty(per_expert)) if config.mlp_bias else None
         sandwich = config.sublayer_output_norm
         self.output_norm = FinedeepOutputNorm(config.hidden_size, config.rms_norm_eps) if sandwich else nn.Identity()
 
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
-        """Args: h (batch, seq, hidden), the residual stream. Returns what is to be added to it, same shape."""
+    def forward(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Args: h (batch, seq, hidden). Returns sum_k g_k * E_k, of the same shape, and the gates g (batch, seq, K)."""
         n = self.norm(h)
         a = self.act_fn(self.gate_proj(n)) * self.up_proj(n)
-        return self.output_norm(self.down_proj(a, n))
+        a = a.unflatten(-1, (-1, self.expert_width))  # (batch, seq, K, e)
+        combined, g = self.per_expert(a) if self.prefers_per_expert(a) else self.one_gemm(a, n)
+        return self.output_norm(combined), g
+
+    def per_expert(self, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The definition. One read of W_down, K outputs per token. Args: a (batch, seq, K, e) activations."""
+        E = expert_outputs(self.down_proj, a)
+        if self.expert_bias is not None:
+            E = E + self.expert_bias
+        g = self.gate(dot(E, self.router))
+        return torch.einsum("...k,...kd->...d", g.to(E.dtype), E), g
+
+    def one_gemm(self, a: torch.Tensor, n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same function without any E_k. Args: a (batch, seq, K, e) activations; n (batch, seq, hidden)."""
+        router = local_part(self.router)
+        if self.routing_input == "hidden_state":
+            s = scores_of_hidden_state(n, router)
+        else:
+            s = dot(a, self.score_vectors(router, a))
+            if self.expert_bias is not None:
+                s = s + dot(self.expert_bias, router)
+        g = self.gate(s)
+        combined = self.down_proj((g.to(a.dtype).unsqueeze(-1) * a).flatten(-2))
+        if self.expert_bias is not None:
+            combined = combined + g.to(a.dtype) @ self.expert_bias
+        return combined, g
+
+    def score_vectors(self, router: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        """v_k = W_down_k' w_k of the experts that this process holds; router (K, hidden), v (K, e)."""
+        if a.shape[-2] == self.num_experts:
+            return score_vectors(self.down_proj, router, a)
+        if type(self.down_proj) is not nn.Linear or router.shape[0] != a.shape[-2]:
+            raise NotImplementedError(
+                f"Tensor parallelism shares out whole experts: {self.num_experts} experts must be divisible by the "
+                f"number of processes, and down_proj must be a plain nn.Linear (found {type(self.down_proj).__name__})."
+            )
+        return score_vectors_of(local_part(self.down_proj.weight), router)
+
+    def gate(self, s: torch.Tensor) -> torch.Tensor:
+        """g_k = c * sigmoid(s_k), or c * softmax(s)_k; s and g (batch, seq, K), in float32 at least."""
+        g = torch.sigmoid(s) if self.routing_function == "sigmoid" else torch.softmax(s, dim=-1)
+        return self.routed_scaling_factor * g
+
+    def prefers_per_expert(self, a: torch.Tensor) -> bool:
+        """Whether the definition is the cheaper form. It is no choice where this process holds only some experts."""
+        if self.routing_input == "hidden_state" or a.shape[-2] != self.num_experts:
+            return False
+        tokens = a.shape[:-2].numel()
+        if weight_is_readable(self.down_proj):
+            return tokens <= self.per_expert_max_tokens and not self.down_proj._forward_hooks
+        return tokens <= self.expert_width and not can_pull_back(self.down_proj)
+
+
+# `down_proj` computes a -> W a, and scores need W' w as well. Reading W off the module is the fast way; but an adapter,
+# a quantiser, an offload hook or a sharding engine may have put something in its place of which the weight is a part
+# only, packed, or not there yet. Then W is known by calling the module and in no other way: all of them support that.
+
+
+def weight_is_readable(linear: nn.Module) -> bool:
+    """Whether `linear` is an `nn.Linear` that nothing has wrapped, replaced, quantised, sharded or offloaded."""
+    weight = linear._parameters.get("weight")
+    return (
+        type(linear) is nn.Linear
+        and weight is not None
+        and not hasattr(weight, "__tensor_flatten__")  # one tensor that stands for others: quantised, or sharded
+        and "forward" not in linear.__dict__
+        and not linear._forward_pre_hooks  # one of which may bring the weight into being
+    )
+
+
+def can_pull_back(linear: nn.Module) -> bool:
+    """Whether autograd may run in the middle of a forward. FSDP and ZeRO, at work in hooks, free the weight before."""
+    return torch.is_grad_enabled() and not linear._forward_pre_hooks
+
+
+def expert_outputs(linear: nn.Module, a: torch.Tensor) -> torch.Tensor:
+    """E_k = W_k a_k. Args: a (batch, seq, K, e). Returns (batch, seq, K, hidden)."""
+    K, e = a.shape[-2:]
+    if weight_is_readable(linear):
+        return torch.einsum("...ke,dke->...kd", a, linear.weight.unflatten(1, (K, e)))
+    alone = torch.eye(K, dtype=a.dtype, device=a.device).unsqueeze(-1) * a.unsqueeze(-3)  # row k: a_k, else zeros
+    return linear(alone.flatten(-2))
+
+
+def score_vectors(linear: nn.Module, router: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """v_k = W_k' w_k. Args: router (K, hidden); a (batch, seq, K, e), for its shape and dtype. Returns (K, e)."""
+    K, e = a.shape[-2:]
+    if weight_is_readable(linear):
+        return score_vectors_of(linear.weight, router)
+    if can_pull_back(linear) and (V := pull_back(linear, router, a.new_zeros(K, K * e))) is not None:
+        return torch.einsum("kke->ke", V.unflatten(-1, (K, e)))
+    return score_vectors_of(linear(torch.eye(K * e, dtype=a.dtype, device=a.device)).transpose(0, 1), router)
+
+
+def score_vectors_of(W: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
+    """v_k = W_k' w_k. Args: W (hidden, K * e); router (K, hidden). Returns (K, e)."""
+    return torch.einsum("kd,dke->ke", router.to(W.dtype), W.unflatten(1, (router.shape[0], -1)))
+
+
+def pull_back(linear: nn.Module, rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
+    """`rows` W, as autograd knows it, or None if it does not. Args: rows (K, out), x (K, in). Returns (K, in)."""
+    if torch.compiler.is_compiling():
+        y, pullback = torch.func.vjp(linear, x)
+        return pullback(rows.to(y.dtype))[0]
+    x.requires_grad_()
+    y = linear(x)
+    return torch.autograd.grad(y, x, rows.to(y.dtype), create_graph=True, allow_unused=True)[0]
+
+
+def local_part(x: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor that tensor parallelism has sharded; otherwise the tensor itself."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+def scores_of_hidden_state(n: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
+    """s_k = <w_k, n> in float32 at least. Args: n (batch, seq, hidden); router (K, hidden). Returns (batch, seq, K)."""
+    exact = torch.promote_types(n.dtype, torch.float32)
+    with torch.autocast(n.device.type, enabled=False):
+        return nn.functional.linear(n.to(exact), router.to(exact))
+
+
+def dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """<x, y> over the last dimension in float32 at least, under autocast too (which would round an einsum)."""
+    return (x.to(torch.promote_types(x.dtype, torch.float32)) * y).sum(-1)
+
+
+class FinedeepStackGates(nn.Module):
+    """Stacks a layer's gates to (batch, seq, M, K), a module only so that transformers can record what it returns."""
+
+    def forward(self, gates: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(gates, dim=-2)
 
 
 class FinedeepDecoderLayer(LlamaDecoderLayer):
@@ -148,13 +224,21 @@ class FinedeepDecoderLayer(LlamaDecoderLayer):
         self.self_attn = LlamaAttention(config=config, layer_idx=layer_idx)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.sublayers = nn.ModuleList(FinedeepSublayer(config) for _ in range(config.num_expert_sublayers))
+        self.stack_gates = FinedeepStackGates()
+        self.output_router_logits = config.output_router_logits
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, output_router_logits: bool | None = None, **kwargs: Any
+    ) -> torch.Tensor:
         """Args: hidden_states (batch, seq, hidden); whatever attention takes passes through. Returns the same shape."""
-        h = hidden_states
+        h, gates = hidden_states, []
         h = h + self.self_attn(hidden_states=self.input_layernorm(h), **kwargs)[0]
         for sublayer in self.sublayers:
-            h = h + sublayer(h)
+            combined, g = sublayer(h)
+            h = h + combined
+            gates.append(g)
+        if self.output_router_logits if output_router_logits is None else output_router_logits:
+            self.stack_gates(gates)
         return h
 
 
@@ -164,16 +248,19 @@ class FinedeepPreTrainedModel(LlamaPreTrainedModel):
     config_class = FinedeepConfig
     config: FinedeepConfig
     _no_split_modules = ["FinedeepDecoderLayer"]
-    _can_record_outputs = {"hidden_states": FinedeepDecoderLayer, "attentions": LlamaAttention}
+    _can_record_outputs = {
+        "hidden_states": FinedeepDecoderLayer,
+        "attentions": LlamaAttention,
+        "router_logits": FinedeepStackGates,
+    }
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, FinedeepDownProjection):
-            nn.init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+        if isinstance(module, FinedeepSublayer):
             nn.init.zeros_(module.router)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+            if module.expert_bias is not None:
+                nn.init.zeros_(module.expert_bias)
         elif isinstance(module, FinedeepOutputNorm):
             nn.init.constant_(module.weight, module.initial_weight)
 
@@ -194,7 +281,7 @@ class FinedeepModel(FinedeepPreTrainedModel, LlamaModel):
 
 
 class FinedeepForCausalLM(FinedeepPreTrainedModel, LlamaForCausalLM):
-    """The decoder with a language-model head. `forward` is Llama's."""
+    """The decoder with a language-model head."""
 
     def __init__(self, config: FinedeepConfig):
         super(LlamaForCausalLM, self).__init__(config)
@@ -202,6 +289,52 @@ class FinedeepForCausalLM(FinedeepPreTrainedModel, LlamaForCausalLM):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast:
+        r"""Llama's forward, which also hands on the gates.
+
+        Args are those of `LlamaForCausalLM`, and `output_router_logits`: whether to return `router_logits`, for each
+        layer the gates g of shape (batch, seq, M, K), in float32 at least. By default as the config says. There is no
+        balancing loss to go with them.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=self.config.output_router_logits
+            if output_router_logits is None
+            else output_router_logits,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.get("router_logits"),
+        )
 
 
 # The generic heads build their decoder with AutoModel.from_config, which cannot name remote code. Their constructors

@@ -86,12 +86,12 @@ def finedeep_targets(config: LlamaConfig, num_sublayers: int) -> Iterator[tuple[
         "gate_proj.weight": ("mlp.gate_proj.weight", _rows),
         "up_proj.weight": ("mlp.up_proj.weight", _rows),
         "down_proj.weight": ("mlp.down_proj.weight", _columns),
-        "down_proj.router": ("mlp.down_proj.weight", _zero_router),
+        "router": ("mlp.down_proj.weight", _zero_router),
     }
     if config.mlp_bias:
         ffn["gate_proj.bias"] = ("mlp.gate_proj.bias", _rows)
         ffn["up_proj.bias"] = ("mlp.up_proj.bias", _rows)
-        ffn["down_proj.bias"] = ("mlp.down_proj.bias", _share(num_sublayers))
+        ffn["expert_bias"] = ("mlp.down_proj.bias", _share(num_sublayers))
     replaced = {source for source, _ in ffn.values()}
     for name in dense_shapes(config):
         if not name.endswith(tuple(replaced)):

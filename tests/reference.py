@@ -13,7 +13,7 @@ def silu(x):
 
 def sublayer(h, p, config):
     """h (tokens, hidden) -> what is added to the residual stream; p: the sub-layer's parameters by name."""
-    experts, hidden = p["down_proj.router"].shape
+    experts, hidden = p["router"].shape
     n = rms_norm(h, p["norm.weight"], config.rms_norm_eps)
     rows = p["gate_proj.weight"].shape[0] // experts
     out = []
@@ -28,10 +28,10 @@ def sublayer(h, p, config):
                 up = up + p["up_proj.bias"][mine]
             E_k = p["down_proj.weight"][:, mine] @ (silu(gate) * up)
             if config.mlp_bias:
-                E_k = E_k + p["down_proj.bias"][k]
+                E_k = E_k + p["expert_bias"][k]
             read = E_k if config.routing_input == "expert_output" else n[t]
             outputs.append(E_k)
-            scores.append((p["down_proj.router"][k] * read).sum())
+            scores.append((p["router"][k] * read).sum())
         total = torch.zeros(hidden, dtype=h.dtype)
         for k in range(experts):
             if config.routing_function == "sigmoid":

@@ -7,8 +7,6 @@ from conftest import TINY
 from finedeep import FinedeepConfig, FinedeepForCausalLM
 from isolated import run_isolated
 
-SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
 
 def random_model(**changes):
     torch.manual_seed(0)
@@ -22,43 +20,6 @@ def random_model(**changes):
 @pytest.fixture
 def ids():
     return torch.randint(0, 256, (2, 50), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize(
-    ("target_modules", "target_parameters", "adapted"),
-    [
-        # per decoder layer: four in attention, and in each of two sub-layers gate, up and, where asked for, down
-        ("all-linear", None, 8),
-        ("all-linear", ["down_proj.weight"], 10),
-        (["q_proj"], ["down_proj.weight"], 3),
-    ],
-)
-def test_lora_gives_the_same_before_and_after_merging(ids, target_modules, target_parameters, adapted):
-    peft = pytest.importorskip("peft")
-    base = random_model().eval()
-    plain = base(ids).logits
-    config = peft.LoraConfig(r=4, target_modules=target_modules, target_parameters=target_parameters)
-    model = peft.get_peft_model(base, config)
-    adapters = {name: p for name, p in model.named_parameters() if "lora_" in name}
-    assert len(adapters) == 2 * adapted * base.config.num_hidden_layers
-    for parameter in adapters.values():
-        torch.nn.init.normal_(parameter, std=0.1)
-    model(ids, labels=ids).loss.backward()
-    assert all(parameter.grad.abs().max() > 0 for parameter in adapters.values())
-    few = ids[:1, :4]  # the per-expert form; the whole batch takes the one-GEMM form
-    with torch.no_grad():
-        before = [model(x).logits for x in (ids, few)]
-        merged = model.merge_and_unload()
-        after = [merged(x).logits for x in (ids, few)]
-    assert (before[0] - plain).abs().max() > 0.01
-    for b, a in zip(before, after, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-
-
-def test_naming_the_down_projection_as_a_module_is_refused_not_skipped():
-    peft = pytest.importorskip("peft")
-    with pytest.raises(ValueError, match="FinedeepDownProjection"):
-        peft.get_peft_model(random_model(), peft.LoraConfig(target_modules=SEVEN))
 
 
 def gradients(model, ids):
@@ -169,5 +130,5 @@ def test_trainer_trains(tmp_path, ids):
     before = model(ids, labels=ids).loss.item()
     trainer.train()
     assert model.eval()(ids, labels=ids).loss.item() < before - 1
-    routers = [layer.sublayers[0].down_proj.router for layer in model.model.layers]
+    routers = [layer.sublayers[0].router for layer in model.model.layers]
     assert all(router.abs().max() > 0 for router in routers)  # they start at zero and must not stay there

@@ -6,7 +6,7 @@ import pytest
 import reference
 import torch
 from finedeep import FinedeepConfig, FinedeepForCausalLM
-from finedeep.modeling_finedeep import FinedeepDownProjection
+from finedeep.modeling_finedeep import FinedeepSublayer
 
 FORMS = {"per_expert": 10**9, "one_gemm": 0}  # the token count up to which experts are computed one by one
 OPTIONS = list(
@@ -42,7 +42,7 @@ def randomised(config):
 
 @pytest.fixture(params=FORMS, ids=str)
 def form(request, monkeypatch):
-    monkeypatch.setattr(FinedeepDownProjection, "per_expert_max_tokens", FORMS[request.param])
+    monkeypatch.setattr(FinedeepSublayer, "per_expert_max_tokens", FORMS[request.param])
     return request.param
 
 
@@ -64,7 +64,7 @@ def assert_layer_matches(config):
     expected = reference.ffn(h, dict(layer.named_parameters()), config)
     found = h
     for sublayer in layer:
-        found = found + sublayer(found)
+        found = found + sublayer(found)[0]
     inputs = [h, *layer.parameters()]
     direction = torch.randn_like(expected)
     expected_gradients = torch.autograd.grad(expected, inputs, direction, allow_unused=True)
@@ -107,19 +107,20 @@ def test_whole_model_equals_the_equations(form, biases):
 def test_a_zero_router_gives_every_expert_the_weight_one():
     for routing_function, K in itertools.product(("sigmoid", "softmax"), (1, 3, 8)):
         config = tiny_config(K=K, routing_function=routing_function)
-        down = FinedeepForCausalLM(config).model.layers[0].sublayers[0].down_proj
-        gates = down.gate(torch.zeros(2, 5, K))
+        sublayer = FinedeepForCausalLM(config).model.layers[0].sublayers[0]
+        gates = sublayer.gate(torch.zeros(2, 5, K))
         torch.testing.assert_close(gates, torch.ones(2, 5, K))
 
 
 def test_forms_agree_in_low_precision():
     torch.manual_seed(0)
     for dtype, tolerance in ((torch.bfloat16, 3e-2), (torch.float16, 4e-3)):
-        down = FinedeepForCausalLM(tiny_config(K=4, hidden_size=64, intermediate_size=256)).model.layers[0].sublayers[0]
-        down = down.down_proj.to(dtype)
-        torch.nn.init.normal_(down.router, std=0.1)
+        config = tiny_config(K=4, hidden_size=64, intermediate_size=256)
+        sublayer = FinedeepForCausalLM(config).model.layers[0].sublayers[0].to(dtype)
+        torch.nn.init.normal_(sublayer.router, std=0.1)
         a, n = torch.randn(40, 4, 32, dtype=dtype), torch.randn(40, 64, dtype=dtype)
-        torch.testing.assert_close(down.per_expert(a, n), down.one_gemm(a, n), rtol=tolerance, atol=tolerance)
+        for one, other in zip(sublayer.per_expert(a), sublayer.one_gemm(a, n), strict=True):
+            torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
 def test_same_parameters_as_the_dense_model_but_for_norms_and_routers():
@@ -139,9 +140,8 @@ def test_fresh_weights_follow_the_initializer_range():
     config = tiny_config(hidden_size=64, intermediate_size=1024, sublayer_output_norm=True, mlp_bias=True)
     model = FinedeepForCausalLM(config)
     for sublayer in model.model.layers[0].sublayers:
-        down = sublayer.down_proj
-        assert abs(down.weight.std().item() - config.initializer_range) < 0.001
-        assert down.router.eq(0).all()
-        assert down.bias.eq(0).all()
+        assert abs(sublayer.down_proj.weight.std().item() - config.initializer_range) < 0.001
+        assert sublayer.router.eq(0).all()
+        assert sublayer.expert_bias.eq(0).all()
         assert sublayer.norm.weight.eq(1).all()
         torch.testing.assert_close(sublayer.output_norm.weight, torch.full((64,), 0.1))
