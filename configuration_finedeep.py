@@ -13,6 +13,16 @@ NEUTRAL_SCALE = {
 }
 ROUTING_INPUTS = ("expert_output", "hidden_state")
 
+# Tensor parallelism, by the styles that transformers has had since 4.57: each process holds whole experts, and the one
+# reduction that a dense FFN needs too, after `down_proj`, adds up their outputs.
+ATTENTION_TP_PLAN = {rule: style for rule, style in LlamaConfig.base_model_tp_plan.items() if ".self_attn." in rule}
+EXPERT_TP_PLAN = {
+    "layers.*.sublayers.*.gate_proj": "colwise",
+    "layers.*.sublayers.*.up_proj": "colwise",
+    "layers.*.sublayers.*.router": "colwise",
+    "layers.*.sublayers.*.down_proj": "rowwise",
+}
+
 # Written into every config.json, so that whichever class saved the folder, every Auto class can load it.
 AUTO_MAP = {
     "AutoConfig": "configuration_finedeep.FinedeepConfig",
@@ -63,6 +73,7 @@ class FinedeepConfig(LlamaConfig):
     """
 
     model_type = "finedeep"
+    base_model_tp_plan = ATTENTION_TP_PLAN | EXPERT_TP_PLAN
 
     def __init__(
         self,
@@ -87,6 +98,10 @@ class FinedeepConfig(LlamaConfig):
         kwargs["auto_map"] = dict(AUTO_MAP)
         super().__init__(**_readable_by_every_version(kwargs))
         self._check_width()
+        if (routing_input, routing_function, self.mlp_bias) != ("expert_output", "sigmoid", False):
+            # A softmax needs all scores, a hidden-state score gives every process a gradient for the same input, and an
+            # expert's bias comes after the reduction: none of them is a sum over processes. Every process runs the FFN.
+            self.base_model_tp_plan = dict(ATTENTION_TP_PLAN)
 
     @property
     def expert_intermediate_size(self) -> int:

@@ -82,6 +82,11 @@ class FinedeepSublayer(nn.Module):
         """Args: h (batch, seq, hidden). Returns sum_k g_k * E_k, of the same shape, and the gates g (batch, seq, K)."""
         n = self.norm(h)
         a = self.act_fn(self.gate_proj(n)) * self.up_proj(n)
+        if a.shape[-1] % self.expert_width:
+            raise NotImplementedError(
+                f"Tensor parallelism shares out whole experts: {self.num_experts} experts per sub-layer must be "
+                "divisible by the number of processes."
+            )
         a = a.unflatten(-1, (-1, self.expert_width))  # (batch, seq, K, e)
         combined, g = self.per_expert(a) if self.prefers_per_expert(a) else self.one_gemm(a, n)
         return self.output_norm(combined), g
@@ -115,8 +120,8 @@ class FinedeepSublayer(nn.Module):
             return score_vectors(self.down_proj, router, a)
         if type(self.down_proj) is not nn.Linear or router.shape[0] != a.shape[-2]:
             raise NotImplementedError(
-                f"Tensor parallelism shares out whole experts: {self.num_experts} experts must be divisible by the "
-                f"number of processes, and down_proj must be a plain nn.Linear (found {type(self.down_proj).__name__})."
+                "With experts shared out over processes, down_proj must be a plain nn.Linear and the router shared out "
+                f"alike: found {type(self.down_proj).__name__}, {a.shape[-2]} experts and {router.shape[0]} routers."
             )
         return score_vectors_of(local_part(self.down_proj.weight), router)
 
