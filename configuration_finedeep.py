@@ -1,4 +1,16 @@
-# Copyright 2026 The Finedeep contributors. Licensed under the Apache License, Version 2.0.
+# Copyright 2026 The Finedeep contributors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """What a Finedeep model is: a Llama configuration plus the shape of the expert sub-layers."""
 
 import math
@@ -34,7 +46,7 @@ AUTO_MAP = {
 }
 
 
-class FinedeepConfig(LlamaConfig):
+class FinedeepConfig(LlamaConfig):  # trf-ignore: TRF057
     r"""Configuration of a Finedeep model (arXiv:2502.12928). Every field of `LlamaConfig` keeps its meaning.
 
     `intermediate_size` is the width of the *whole* FFN of a decoder layer, as in the dense model; the

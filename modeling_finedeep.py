@@ -1,4 +1,16 @@
-# Copyright 2026 The Finedeep contributors. Licensed under the Apache License, Version 2.0.
+# Copyright 2026 The Finedeep contributors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 r"""Finedeep (arXiv:2502.12928): a Llama whose FFN is M stacked sub-layers of K small, always-active experts.
 
 With d the hidden size and e the expert width, one decoder layer computes
@@ -74,6 +86,7 @@ class FinedeepSublayer(nn.Module):
         self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
         per_expert = (self.num_experts, config.hidden_size)
         self.router = nn.Parameter(torch.empty(per_expert))
+        # CODEPATH: Llama checkpoints with mlp_bias have output biases; the released Llama 1 to 3 do not.
         self.expert_bias = nn.Parameter(torch.empty(per_expert)) if config.mlp_bias else None
         sandwich = config.sublayer_output_norm
         self.output_norm = FinedeepOutputNorm(config.hidden_size, config.rms_norm_eps) if sandwich else nn.Identity()
@@ -102,6 +115,11 @@ class FinedeepSublayer(nn.Module):
     def one_gemm(self, a: torch.Tensor, n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The same function without any E_k. Args: a (batch, seq, K, e) activations; n (batch, seq, hidden)."""
         router = local_part(self.router)
+        if router.shape[0] != a.shape[-2]:
+            raise NotImplementedError(
+                f"This process holds {a.shape[-2]} of the sub-layer's {self.num_experts} experts and {router.shape[0]} "
+                "of their routers. Share out gate_proj, up_proj, router and down_proj together, as tp_plan='auto' does."
+            )
         if self.routing_input == "hidden_state":
             s = scores_of_hidden_state(n, router)
         else:
@@ -118,10 +136,10 @@ class FinedeepSublayer(nn.Module):
         """v_k = W_down_k' w_k of the experts that this process holds; router (K, hidden), v (K, e)."""
         if a.shape[-2] == self.num_experts:
             return score_vectors(self.down_proj, router, a)
-        if type(self.down_proj) is not nn.Linear or router.shape[0] != a.shape[-2]:
+        if type(self.down_proj) is not nn.Linear:
             raise NotImplementedError(
-                "With experts shared out over processes, down_proj must be a plain nn.Linear and the router shared out "
-                f"alike: found {type(self.down_proj).__name__}, {a.shape[-2]} experts and {router.shape[0]} routers."
+                f"With experts shared out over processes, down_proj must be an nn.Linear, not a "
+                f"{type(self.down_proj).__name__}: take adapters and quantisation off, or load in one process."
             )
         return score_vectors_of(local_part(self.down_proj.weight), router)
 
@@ -247,7 +265,7 @@ class FinedeepDecoderLayer(LlamaDecoderLayer):
         return h
 
 
-class FinedeepPreTrainedModel(LlamaPreTrainedModel):
+class FinedeepPreTrainedModel(LlamaPreTrainedModel):  # trf-ignore: TRF057
     """What all Finedeep models share; the rest is Llama's."""
 
     config_class = FinedeepConfig
@@ -270,7 +288,7 @@ class FinedeepPreTrainedModel(LlamaPreTrainedModel):
             nn.init.constant_(module.weight, module.initial_weight)
 
 
-class FinedeepModel(FinedeepPreTrainedModel, LlamaModel):
+class FinedeepModel(FinedeepPreTrainedModel, LlamaModel):  # trf-ignore: TRF057
     """The decoder without a head. `forward` is Llama's."""
 
     def __init__(self, config: FinedeepConfig):
@@ -285,7 +303,7 @@ class FinedeepModel(FinedeepPreTrainedModel, LlamaModel):
         self.post_init()
 
 
-class FinedeepForCausalLM(FinedeepPreTrainedModel, LlamaForCausalLM):
+class FinedeepForCausalLM(FinedeepPreTrainedModel, LlamaForCausalLM):  # trf-ignore: TRF057
     """The decoder with a language-model head."""
 
     def __init__(self, config: FinedeepConfig):
@@ -296,7 +314,7 @@ class FinedeepForCausalLM(FinedeepPreTrainedModel, LlamaForCausalLM):
         self.post_init()
 
     @can_return_tuple
-    def forward(
+    def forward(  # trf-ignore: TRF057
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,

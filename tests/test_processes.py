@@ -24,7 +24,7 @@ def save_random(folder, **changes):
 
 
 def passes(launcher, script, *arguments):
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPTS)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPTS)}
     command = [sys.executable, "-m", *launcher, str(SCRIPTS / script), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
@@ -51,17 +51,7 @@ def test_fully_shard(tmp_path):
     passes(TORCHRUN, "fully_shard.py", save_random(tmp_path))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--multi_gpu"],  # on the CPU, by the environment: --cpu would start one process
-        ["--use_fsdp", "--fsdp_version=2", "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP"]
-        + ["--fsdp_transformer_layer_cls_to_wrap=FinedeepDecoderLayer", "--fsdp_state_dict_type=FULL_STATE_DICT"],
-    ],
-    ids=["DDP", "FSDP2"],
-)
-def test_accelerate(tmp_path, options):
+@pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
+def test_accelerate(tmp_path, kind):
     pytest.importorskip("accelerate")
-    launcher = ["accelerate.commands.launch", "--num_processes=2", "--num_machines=1", "--mixed_precision=no"]
-    launcher += ["--dynamo_backend=no", "--main_process_port=0"]
-    passes([*launcher, *options], "accelerated.py", save_random(tmp_path))
+    passes(TORCHRUN, "accelerated.py", save_random(tmp_path), kind)

@@ -1,14 +1,31 @@
-"""Run by accelerate launch: three steps of training give the weights that one process gives on the same batches.
+"""Run by torchrun: three steps under accelerate give the weights that one process gives on the same batches.
 
-Argument: the model's folder. Each process sees one half of every batch.
+Arguments: the model's folder; DDP or FSDP2. Each process sees one half of every batch.
 """
 
 import sys
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from agreement import agree
 from transformers import AutoModelForCausalLM
+
+
+def accelerate(kind):
+    accelerator = Accelerator(cpu=True)
+    if kind == "FSDP2":
+        # Asked for on a CPU, accelerate falls back to DDP without a word; its FSDP2 code itself runs there.
+        AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
+        AcceleratorState._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            state_dict_type="FULL_STATE_DICT",
+            cpu_ram_efficient_loading=False,
+        )
+    assert accelerator.num_processes == 2
+    return accelerator
 
 
 def steps(model, optimizer, batches, backward):
@@ -23,18 +40,17 @@ def load(folder):
     return model, torch.optim.SGD(model.parameters(), lr=0.1)
 
 
-accelerator = Accelerator()
-assert accelerator.num_processes == 2
+folder, kind = sys.argv[1:]
+accelerator = accelerate(kind)
 batches = [torch.randint(0, 200, (2, 40), generator=torch.Generator().manual_seed(i)) for i in range(3)]
-whole, optimizer = load(sys.argv[1])
+whole, optimizer = load(folder)
 steps(whole, optimizer, batches, torch.Tensor.backward)
-model, optimizer = accelerator.prepare(*load(sys.argv[1]))
+model, optimizer = accelerator.prepare(*load(folder))
+wrapped = type(model.model.layers[0] if kind == "FSDP2" else model).__name__
+assert wrapped == {"FSDP2": "FSDPFinedeepDecoderLayer", "DDP": "DistributedDataParallel"}[kind], wrapped
 mine = accelerator.process_index
 steps(model, optimizer, [ids[mine : mine + 1] for ids in batches], accelerator.backward)
-found = accelerator.get_state_dict(model)
-if accelerator.is_main_process:
-    expected = whole.state_dict()
-    assert found.keys() == expected.keys()
-    for name in expected:
-        agree(name, found[name].float(), expected[name], tolerance=1e-4)
-accelerator.end_training()
+found = {name.removeprefix("module."): tensor for name, tensor in accelerator.get_state_dict(model).items()}
+for name, expected in whole.state_dict().items():
+    agree(name, found[name], expected, tolerance=1e-4)
+torch.distributed.destroy_process_group()

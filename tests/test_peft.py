@@ -1,0 +1,152 @@
+"""LoRA as on a Llama: what was asked for is adapted and trained, and merging changes nothing."""
+
+import copy
+
+import pytest
+import torch
+from conftest import TINY
+from finedeep import FinedeepConfig, FinedeepForCausalLM
+from transformers import AutoModelForCausalLM
+
+peft = pytest.importorskip("peft")
+
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LAYERS, M = TINY["num_hidden_layers"], 2
+# what is asked for, and how many adapters that makes in one decoder layer: four in attention, three in a sub-layer
+REQUESTS = {
+    "all-linear": ({"target_modules": "all-linear"}, 4 + 3 * M),
+    "the seven names": ({"target_modules": SEVEN}, 4 + 3 * M),
+    "down projections": ({"target_modules": ["down_proj"]}, M),
+    "down projections, with dropout": ({"target_modules": ["down_proj"], "lora_dropout": 0.3}, M),
+    "DoRA": ({"target_modules": SEVEN, "use_dora": True}, 4 + 3 * M),
+    "rank-stabilised": ({"target_modules": SEVEN, "use_rslora": True}, 4 + 3 * M),
+    "routers": ({"target_modules": ["q_proj"], "target_parameters": ["router"]}, 1 + M),
+    "down weights as parameters": ({"target_modules": ["q_proj"], "target_parameters": ["down_proj.weight"]}, 1 + M),
+}
+
+
+def random_model(**changes):
+    torch.manual_seed(0)
+    model = FinedeepForCausalLM(FinedeepConfig(**{**TINY, "intermediate_size": 48, **changes}))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def adapted(model, **request):
+    torch.manual_seed(1)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, task_type="CAUSAL_LM", **request))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.fixture
+def batches():
+    """One that takes the per-expert form, and one that takes the one-GEMM form."""
+    ids = torch.randint(0, 256, (2, 50), generator=torch.Generator().manual_seed(0))
+    return ids[:1, :4], ids
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_every_adapter_asked_for_is_there_and_trains(batches, name):
+    request, in_a_layer = REQUESTS[name]
+    model = adapted(random_model(), **request).train()
+    adapters = {name: p for name, p in model.named_parameters() if "lora_A" in name or "lora_B" in name}
+    assert len(adapters) == 2 * LAYERS * in_a_layer
+    for ids in batches:
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        assert all(parameter.grad.abs().max() > 0 for parameter in adapters.values())
+    assert all(p.grad is None for name, p in model.named_parameters() if "lora_" not in name)
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_merging_changes_nothing(batches, name):
+    base = random_model().eval()
+    plain = [base(ids).logits for ids in batches]
+    model = adapted(base, **REQUESTS[name][0]).eval()
+    in_training = [model(input_ids=ids).logits.detach() for ids in batches]
+    with torch.no_grad():
+        before = [model(input_ids=ids).logits for ids in batches]
+        merged = model.merge_and_unload()
+        after = [merged(ids).logits for ids in batches]
+    for p, t, b, a in zip(plain, in_training, before, after, strict=True):
+        assert (b - p).abs().max() > 0.01
+        torch.testing.assert_close(t, a, rtol=1e-4, atol=2e-4)
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=2e-4)
+
+
+def test_gradients_of_an_adapter_are_those_of_the_merged_weight(batches):
+    """d loss / d B, by the chain rule from the plain model's d loss / d W_down at the merged weight."""
+    model = adapted(random_model(), target_modules=["down_proj"]).eval()
+    merged = copy.deepcopy(model).merge_and_unload()
+    merged.requires_grad_(True)
+    ids = batches[1]
+    model(input_ids=ids, labels=ids).loss.backward()
+    merged(input_ids=ids, labels=ids).loss.backward()
+    for layer in range(LAYERS):
+        for m in range(M):
+            lora = model.base_model.model.model.layers[layer].sublayers[m].down_proj
+            A, scale = lora.lora_A["default"].weight, lora.scaling["default"]
+            dW = merged.model.layers[layer].sublayers[m].down_proj.weight.grad
+            torch.testing.assert_close(lora.lora_B["default"].weight.grad, scale * dW @ A.T, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_with_adapters(batches, reentrant):
+    ids = batches[1]
+
+    def gradients(model):
+        model.train().zero_grad()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    model = adapted(random_model(), target_modules=SEVEN)
+    expected = gradients(model)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    found = gradients(model)
+    assert found.keys() >= expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_adapter_is_saved_and_loaded(tmp_path, batches):
+    model = adapted(random_model(), target_modules=SEVEN).eval()
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(random_model(), tmp_path).eval()
+    with torch.no_grad():
+        for ids in batches:
+            torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=0)
+
+
+def test_asking_for_what_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="not found"):
+        adapted(random_model(), target_modules=["w_down"])
+
+
+def test_qlora_trains_on_four_bits(tmp_path, batches):
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    random_model().save_pretrained(tmp_path)
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=four_bits, dtype=torch.float32)
+    assert type(model.model.layers[0].sublayers[0].down_proj).__name__ == "Linear4bit"
+    model = peft.prepare_model_for_kbit_training(model)
+    torch.manual_seed(1)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(15):
+        optimizer.zero_grad()
+        loss = model(input_ids=batches[1], labels=batches[1]).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    adapters = [p for name, p in model.named_parameters() if "down_proj.lora_" in name]
+    assert len(adapters) == 2 * LAYERS * M
+    assert all(p.grad.abs().max() > 0 for p in adapters)
+    assert losses[-1] < losses[0] - 0.5
