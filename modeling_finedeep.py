@@ -46,7 +46,8 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
-from transformers.utils.generic import can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from .configuration_finedeep import FinedeepConfig
 
@@ -325,7 +326,7 @@ class FinedeepForCausalLM(FinedeepPreTrainedModel, LlamaForCausalLM):  # trf-ign
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MoeCausalLMOutputWithPast:
         r"""Llama's forward, which also hands on the gates.
 

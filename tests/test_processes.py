@@ -55,3 +55,11 @@ def test_fully_shard(tmp_path):
 def test_accelerate(tmp_path, kind):
     pytest.importorskip("accelerate")
     passes(TORCHRUN, "accelerated.py", save_random(tmp_path), kind)
+
+
+@pytest.mark.slow  # DeepSpeed compiles its communication for the CPU on first use
+@pytest.mark.parametrize("leaf", ["none", "FinedeepSublayer"])
+def test_zero3(tmp_path, monkeypatch, leaf):
+    pytest.importorskip("deepspeed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    passes(TORCHRUN, "zero3.py", save_random(tmp_path), leaf)
