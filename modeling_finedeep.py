@@ -187,7 +187,8 @@ def expert_outputs(linear: nn.Module, a: torch.Tensor) -> torch.Tensor:
     if weight_is_readable(linear):
         return torch.einsum("...ke,dke->...kd", a, linear.weight.unflatten(1, (K, e)))
     alone = torch.eye(K, dtype=a.dtype, device=a.device).unsqueeze(-1) * a.unsqueeze(-3)  # row k: a_k, else zeros
-    return linear(alone.flatten(-2))
+    rows = alone.flatten(-2).flatten(-3, -2)  # (batch, seq * K, K * e), the number of dimensions that all expect
+    return linear(rows).unflatten(-2, (-1, K))
 
 
 def score_vectors(linear: nn.Module, router: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
