@@ -1,0 +1,117 @@
+"""Generation: with M = 1 a Finedeep model writes what its dense Llama writes, by every strategy."""
+
+import pytest
+import torch
+from conftest import TINY
+from finedeep import FinedeepConfig, FinedeepForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+SHAPE = {**TINY, "intermediate_size": 48, "tie_word_embeddings": False}
+NEW = 12
+STRATEGIES = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "top_k": 20, "top_p": 0.9, "temperature": 1.3},
+    "beam search": {"num_beams": 4},
+    "beam sampling": {"num_beams": 3, "do_sample": True},
+    "several sequences": {"num_beams": 4, "num_return_sequences": 3},
+    "static cache": {"cache_implementation": "static"},
+    "dynamic cache": {"cache_implementation": "dynamic"},
+    "no cache": {"use_cache": False},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "repetition penalty": {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2},
+    "minimum length": {"min_new_tokens": 10},
+}
+ONE_AT_A_TIME = ("prompt lookup",)  # transformers speculates for one sequence only
+
+
+def randomised(model, std=0.3):
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.02 if "norm" in name else std)
+        if "norm" in name:
+            parameter.data += 1
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """A dense Llama and its exact Finedeep form, K = 4, whose gates are all 1."""
+    dense = randomised(LlamaForCausalLM(LlamaConfig(**SHAPE)))
+    model = FinedeepForCausalLM(FinedeepConfig(**SHAPE, num_expert_sublayers=1, num_experts_per_sublayer=4)).eval()
+    state = dense.state_dict()
+    for name, parameter in model.state_dict().items():
+        source = name.replace("sublayers.0.norm", "post_attention_layernorm").replace("sublayers.0.", "mlp.")
+        parameter.copy_(state[source] if source in state else torch.zeros_like(parameter))
+    return dense, model
+
+
+@pytest.fixture
+def prompts():
+    """Two prompts of 45 and 40 tokens, the second padded on the left."""
+    ids = torch.randint(0, 200, (2, 45), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    ids[1, :5], mask[1, :5] = TINY["pad_token_id"], 0
+    return ids, mask
+
+
+def written(model, ids, mask, **options):
+    torch.manual_seed(0)
+    settings = GenerationConfig(max_new_tokens=NEW, pad_token_id=TINY["pad_token_id"], eos_token_id=None, **options)
+    return model.generate(ids, attention_mask=mask, generation_config=settings)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_writes_what_the_dense_model_writes(pair, prompts, strategy):
+    ids, mask = prompts if strategy not in ONE_AT_A_TIME else (x[:1] for x in prompts)
+    dense, model = (written(model, ids, mask, **STRATEGIES[strategy]) for model in pair)
+    assert torch.equal(dense, model)
+
+
+def test_assisted_decoding_changes_nothing(pair, prompts):
+    """A smaller Finedeep model drafts, a Finedeep model with M = 2 decides: greedy text as without help."""
+    draft = FinedeepForCausalLM(FinedeepConfig(**{**SHAPE, "num_hidden_layers": 1}))
+    model = FinedeepForCausalLM(FinedeepConfig(**SHAPE))
+    draft, model = randomised(draft), randomised(model)
+    ids, mask = prompts[0][:1], prompts[1][:1]
+    alone = written(model, ids, mask)
+    torch.manual_seed(0)
+    settings = GenerationConfig(max_new_tokens=NEW, pad_token_id=TINY["pad_token_id"], eos_token_id=None)
+    helped = model.generate(ids, attention_mask=mask, generation_config=settings, assistant_model=draft)
+    assert torch.equal(alone, helped)
+
+
+@pytest.mark.parametrize("M", [1, 2])
+def test_generation_from_embeddings(M, prompts):
+    model = randomised(FinedeepForCausalLM(FinedeepConfig(**{**SHAPE, "num_expert_sublayers": M})))
+    ids, mask = prompts
+    settings = GenerationConfig(max_new_tokens=NEW, pad_token_id=TINY["pad_token_id"], eos_token_id=None)
+    embeds = model.get_input_embeddings()(ids)
+    found = model.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=settings)
+    assert torch.equal(found[:, -NEW:], written(model, ids, mask)[:, -NEW:])
+
+
+@pytest.mark.parametrize("routing", [{}, {"routing_input": "hidden_state", "routing_function": "softmax"}], ids=str)
+def test_cached_and_padded_logits_are_those_of_the_whole_text(prompts, routing):
+    """Token by token over a cache (the per-expert form) and at once (one GEMM), alone and beside a longer text."""
+    model = randomised(FinedeepForCausalLM(FinedeepConfig(**SHAPE, sublayer_output_norm=True, **routing)))
+    ids, mask = prompts
+    alone = ids[1:, 5:]
+    with torch.no_grad():
+        whole = model(alone).logits
+        padded = model(ids, attention_mask=mask).logits[1:, 5:]
+        cache, steps = None, []
+        for t in range(alone.shape[1]):
+            out = model(alone[:, t : t + 1], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            steps.append(out.logits)
+    torch.testing.assert_close(padded, whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_generation_with_a_static_cache(prompts):
+    model = randomised(FinedeepForCausalLM(FinedeepConfig(**SHAPE)))
+    ids, mask = prompts
+    expected = written(model, ids, mask)
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
+    assert torch.equal(written(model, ids, mask, cache_implementation="static"), expected)
