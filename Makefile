@@ -1,5 +1,6 @@
 # make demo   train, convert and score a small model here (about two minutes after the installation)
 # make test   lint and tests (under eight minutes on two cores)
+# make test-matrix   the tests in every supported version of transformers (forty minutes)
 # Each makes its own .venv with pinned versions first. PYTHON chooses the interpreter, 3.10 or newer.
 
 PYTHON ?= python3
@@ -8,10 +9,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow test-official test-matrix lint format clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -3
+	@sed -n 's/^# //p' Makefile | head -4
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@echo 'Installing into $(VENV), once; this takes a few minutes ...'
@@ -27,15 +28,23 @@ test: lint
 	$(BIN)/python -m pytest tests -m 'not slow'
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest tests -m slow
+	$(BIN)/python -m pytest tests -m slow --ignore=tests/official
+
+# transformers' own model tests, for Llama and Finedeep side by side; they are fetched from the package index
+test-official: $(INSTALLED)
+	$(BIN)/python tests/official/compare.py
+
+test-matrix: $(INSTALLED)
+	$(BIN)/python tests/matrix.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mlinter --no-progress --no-cache configuration_finedeep.py modeling_finedeep.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .matrix build *.egg-info
