@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import TINY
 from finedeep import FinedeepConfig, FinedeepForCausalLM
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -88,6 +89,8 @@ def test_it_computes_what_the_dequantised_weights_compute(folders, ids, recipe):
 @pytest.mark.parametrize("recipe", [name for name in QUANTISED if name in LIBRARY])
 @torch.no_grad()
 def test_a_quantised_model_is_saved_and_loaded(tmp_path, folders, ids, recipe):
+    if recipe.startswith("torchao") and transformers.__version__ < "5":
+        pytest.skip("transformers 4 saves torchao's tensors by pickle only")
     model = load(recipe, folders / "finedeep").eval()
     before = model(ids, labels=ids).loss.item()
     assert math.isfinite(before)

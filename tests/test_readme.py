@@ -113,8 +113,20 @@ def test_the_table_of_the_plain_cut_is_what_the_command_prints(data, stories260k
     assert numbers[0] == pytest.approx(numbers[1], abs=2e-4)
 
 
+def test_the_table_of_quantisation_is_what_the_command_prints(data, stories260k):
+    pytest.importorskip("torchao")
+    pytest.importorskip("bitsandbytes")
+    table = README.split("<!-- quantisation:begin -->\n")[1].split("\n<!-- quantisation:end -->")[0]
+    command = [sys.executable, ROOT / "examples/quantisation.py", stories260k, data / "text/tinystories.txt"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    numbers = [[float(x) for x in re.findall(r"[-+]?\d+\.\d+", text)] for text in (table, printed)]
+    assert numbers[0] == pytest.approx(numbers[1], abs=5e-3)  # rounding activations differs a little between CPUs
+
+
 def test_all_files_named_exist():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README) + re.findall(r"`(examples/[\w./]+)`", README):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README) + re.findall(
+        r"`((?:examples|tests)/[\w./]+)`", README
+    ):
         assert (ROOT / target).exists(), target
 
 
