@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -34,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     # A library's chatter (progress of loading, advice) would drown the command's own lines.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for library in ("torchao", "torch.utils._pytree"):  # complain, on import, of kernels that this command never uses
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         arguments.run(arguments)
     except KeyboardInterrupt:

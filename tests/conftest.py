@@ -83,6 +83,18 @@ def make_dense(folder, dtype=torch.float32, shard_size="5GB", **changes):
     return folder
 
 
+def random_model(cls=None, **changes):
+    """A tiny Finedeep model in eval mode, M = 2 and K = 4, whose routers and norms are random too."""
+    from finedeep import FinedeepConfig, FinedeepForCausalLM
+
+    torch.manual_seed(0)
+    fields = {**TINY, "intermediate_size": 48, "num_experts_per_sublayer": 4, **changes}
+    model = (cls or FinedeepForCausalLM)(FinedeepConfig(**fields))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
 @pytest.fixture(scope="session")
 def dense(tmp_path_factory):
     return make_dense(tmp_path_factory.mktemp("dense"))

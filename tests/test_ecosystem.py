@@ -3,18 +3,9 @@
 import pytest
 import torch
 import transformers
-from conftest import TINY
+from conftest import TINY, random_model
 from finedeep import FinedeepConfig, FinedeepForCausalLM
 from isolated import run_isolated
-
-
-def random_model(**changes):
-    torch.manual_seed(0)
-    fields = {**TINY, "intermediate_size": 48, "num_experts_per_sublayer": 4, **changes}
-    model = FinedeepForCausalLM(FinedeepConfig(**fields))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
 
 
 @pytest.fixture

@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import TINY
-from finedeep import FinedeepConfig, FinedeepForCausalLM
+from conftest import TINY, random_model
 from transformers import AutoModelForCausalLM
 
 peft = pytest.importorskip("peft")
@@ -23,14 +22,6 @@ REQUESTS = {
     "routers": ({"target_modules": ["q_proj"], "target_parameters": ["router"]}, 1 + M),
     "down weights as parameters": ({"target_modules": ["q_proj"], "target_parameters": ["down_proj.weight"]}, 1 + M),
 }
-
-
-def random_model(**changes):
-    torch.manual_seed(0)
-    model = FinedeepForCausalLM(FinedeepConfig(**{**TINY, "intermediate_size": 48, **changes}))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
 
 
 def adapted(model, **request):

@@ -3,21 +3,12 @@
 import pytest
 import reference
 import torch
-from conftest import TINY
-from finedeep import FinedeepConfig, FinedeepForCausalLM, FinedeepModel
+from conftest import TINY, random_model
+from finedeep import FinedeepForCausalLM, FinedeepModel
 from finedeep.modeling_finedeep import FinedeepStackGates
 
 M, K = 2, 4
 LENGTHS = (4, 50)  # the per-expert form and the one-GEMM form
-
-
-def random_model(cls=FinedeepForCausalLM, **changes):
-    torch.manual_seed(0)
-    fields = {**TINY, "intermediate_size": 48, "num_expert_sublayers": M, "num_experts_per_sublayer": K, **changes}
-    model = cls(FinedeepConfig(**fields))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model.eval()
 
 
 @pytest.fixture
