@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import finedeep
 import pytest
 import torch
 from conftest import TINY
@@ -30,6 +31,7 @@ def passes(launcher, script, *arguments):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
 
+LAUNCH_FILES = pathlib.Path(__file__).parents[1] / "examples" / "launch"
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
@@ -51,10 +53,14 @@ def test_fully_shard(tmp_path):
     passes(TORCHRUN, "fully_shard.py", save_random(tmp_path))
 
 
-@pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
-def test_accelerate(tmp_path, kind):
-    pytest.importorskip("accelerate")
-    passes(TORCHRUN, "accelerated.py", save_random(tmp_path), kind)
+def test_accelerate_ddp(tmp_path):
+    passes(TORCHRUN, "accelerated.py", save_random(tmp_path), "DDP")
+
+
+def test_accelerate_fsdp2_by_the_launch_file(tmp_path):
+    """As a user launches it, but for the number of processes and the precision."""
+    launch = ("accelerate.commands.launch", "--config_file", str(LAUNCH_FILES / "fsdp2.yaml"))
+    passes((*launch, "--num_processes=2", "--mixed_precision=no"), "accelerated.py", save_random(tmp_path), "FSDP2")
 
 
 @pytest.mark.slow  # DeepSpeed compiles its communication for the CPU on first use
@@ -63,3 +69,14 @@ def test_zero3(tmp_path, monkeypatch, leaf):
     pytest.importorskip("deepspeed")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     passes(TORCHRUN, "zero3.py", save_random(tmp_path), leaf)
+
+
+@pytest.mark.parametrize("file", sorted(LAUNCH_FILES.glob("*.yaml")), ids=lambda file: file.name)
+def test_launch_files_are_what_accelerate_reads(file):
+    """It refuses keys that it does not know; the classes they name are the model's."""
+    config_args = pytest.importorskip("accelerate.commands.config.config_args")
+    config = config_args.load_config_from_file(str(file))
+    named = {key: value for key, value in {**config.fsdp_config, **config.deepspeed_config}.items() if "cls" in key}
+    assert len(named) == 1
+    for name in named.values():
+        assert hasattr(finedeep.modeling_finedeep, name)

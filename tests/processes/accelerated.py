@@ -1,4 +1,4 @@
-"""Run by torchrun: three steps under accelerate give the weights that one process gives on the same batches.
+"""Run by `accelerate launch` or torchrun: three steps under accelerate give the weights that one process gives on the same batches.
 
 Arguments: the model's folder; DDP or FSDP2. Each process sees one half of every batch.
 """
@@ -16,14 +16,13 @@ from transformers import AutoModelForCausalLM
 def accelerate(kind):
     accelerator = Accelerator(cpu=True)
     if kind == "FSDP2":
-        # Asked for on a CPU, accelerate falls back to DDP without a word; its FSDP2 code itself runs there.
+        # Asked for on a CPU, accelerate falls back to DDP without a word; its FSDP2 code itself runs there. What the
+        # launch file says has come by environment variables, which the plugin reads.
+        plugin = FullyShardedDataParallelPlugin(cpu_ram_efficient_loading=False)  # which wants an accelerator
+        assert plugin.fsdp_version == 2
+        assert plugin.transformer_cls_names_to_wrap == ["FinedeepDecoderLayer"]
         AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
-        AcceleratorState._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            state_dict_type="FULL_STATE_DICT",
-            cpu_ram_efficient_loading=False,
-        )
+        AcceleratorState._shared_state["fsdp_plugin"] = plugin
     assert accelerator.num_processes == 2
     return accelerator
 
