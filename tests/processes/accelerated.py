@@ -1,6 +1,6 @@
-"""Run by `accelerate launch` or torchrun: three steps under accelerate give the weights that one process gives on the same batches.
+"""Run by `accelerate launch` or torchrun: three steps under accelerate give the weights that one process gives.
 
-Arguments: the model's folder; DDP or FSDP2. Each process sees one half of every batch.
+Arguments: the model's folder; DDP or FSDP2. Each process sees one half of every batch, the one process all of it.
 """
 
 import sys
