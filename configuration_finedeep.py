@@ -11,12 +11,16 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a Finedeep model is: a Llama configuration plus the shape of the expert sub-layers."""
+"""What a Finedeep model is: a Llama configuration plus the shape of the expert sub-layers.
+
+What other families of dense models have in their attention, beyond Llama, are fields too, under the names that those
+families' configurations have in transformers wherever there is one.
+"""
 
 import math
 from typing import Any
 
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3Config
 
 # For each gate function, the scale at which a zero router gives every expert the weight exactly 1.
 NEUTRAL_SCALE = {
@@ -24,10 +28,12 @@ NEUTRAL_SCALE = {
     "softmax": lambda num_experts: float(num_experts),
 }
 ROUTING_INPUTS = ("expert_output", "hidden_state")
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 # Tensor parallelism, by the styles that transformers has had since 4.57: each process holds whole experts, and the one
 # reduction that a dense FFN needs too, after `down_proj`, adds up their outputs.
 ATTENTION_TP_PLAN = {rule: style for rule, style in LlamaConfig.base_model_tp_plan.items() if ".self_attn." in rule}
+QK_NORM_TP_PLAN = {rule: style for rule, style in Qwen3Config.base_model_tp_plan.items() if "_norm" in rule}
 EXPERT_TP_PLAN = {
     "layers.*.sublayers.*.gate_proj": "colwise",
     "layers.*.sublayers.*.up_proj": "colwise",
@@ -67,7 +73,25 @@ class FinedeepConfig(LlamaConfig):  # trf-ignore: TRF057
             weight exactly 1: 2 for sigmoid, K for softmax.
         sublayer_output_norm (`bool`, defaults to `False`):
             Whether a second RMSNorm acts on a sub-layer's output before it is added ("sandwich norm").
-
+        attention_output_bias (`bool`, *optional*):
+            Whether attention's output projection has a bias; left out, as `attention_bias` says (Llama). Qwen2 has
+            biases on queries, keys and values only.
+        qk_norm (`bool`, defaults to `False`):
+            Whether queries and keys are RMS-normalised, head by head, before RoPE (Qwen3).
+        sliding_window (`int`, *optional*):
+            How many tokens, itself included, a token sees in layers with sliding attention (Mistral).
+        layer_types (`list[str]`, *optional*):
+            For each layer `"full_attention"` or `"sliding_attention"`; left out, sliding where `sliding_window` is set.
+        no_rope_layers (`list[int]`, *optional*):
+            For each layer 1 where RoPE is applied and 0 where not; left out, 1 (SmolLM3's field, with its meaning).
+        attention_multiplier (`float`, *optional*):
+            The factor on attention scores; left out, `head_dim ** -0.5` (Granite's field, as are the next three).
+        embedding_multiplier (`float`, defaults to 1.0):
+            The factor on token embeddings.
+        residual_multiplier (`float`, defaults to 1.0):
+            r, the factor on what attention and each sub-layer add to the residual stream.
+        logits_scaling (`float`, defaults to 1.0):
+            What logits are divided by.
         output_router_logits (`bool`, defaults to `False`):
             Whether models return, for each layer, the gates of shape (batch, seq, M, K) as `router_logits`.
 
@@ -95,6 +119,15 @@ class FinedeepConfig(LlamaConfig):  # trf-ignore: TRF057
         routing_function: str = "sigmoid",
         routed_scaling_factor: float | None = None,
         sublayer_output_norm: bool = False,
+        attention_output_bias: bool | None = None,
+        qk_norm: bool = False,
+        sliding_window: int | None = None,
+        layer_types: list[str] | None = None,
+        no_rope_layers: list[int] | None = None,
+        attention_multiplier: float | None = None,
+        embedding_multiplier: float = 1.0,
+        residual_multiplier: float = 1.0,
+        logits_scaling: float = 1.0,
         output_router_logits: bool = False,
         **kwargs: Any,
     ):
@@ -107,13 +140,35 @@ class FinedeepConfig(LlamaConfig):  # trf-ignore: TRF057
         self.routed_scaling_factor = _positive_float("routed_scaling_factor", routed_scaling_factor)
         self.sublayer_output_norm = _boolean("sublayer_output_norm", sublayer_output_norm)
         self.output_router_logits = _boolean("output_router_logits", output_router_logits)
+        self.qk_norm = _boolean("qk_norm", qk_norm)
+        self.sliding_window = None if sliding_window is None else _positive_int("sliding_window", sliding_window)
+        scales = {"embedding_multiplier": embedding_multiplier, "residual_multiplier": residual_multiplier}
+        scales["logits_scaling"] = logits_scaling
+        for field, value in scales.items():
+            setattr(self, field, _positive_float(field, value))
+        self.attention_multiplier = (
+            None if attention_multiplier is None else _positive_float("attention_multiplier", attention_multiplier)
+        )
+        # Before the parent, which reads some of these; for their length, it has to be known how many layers there are.
+        num_layers = kwargs.get("num_hidden_layers", LlamaConfig().num_hidden_layers)
+        attention = "full_attention" if self.sliding_window is None else "sliding_attention"
+        self.layer_types = _per_layer("layer_types", layer_types or [attention], num_layers, LAYER_TYPES)
+        if self.sliding_window is None and "sliding_attention" in self.layer_types:
+            raise ValueError("layer_types has 'sliding_attention', for which sliding_window is wanted; it is None.")
+        self.no_rope_layers = no_rope_layers and _per_layer("no_rope_layers", no_rope_layers, num_layers, (0, 1))
         kwargs["auto_map"] = dict(AUTO_MAP)
         super().__init__(**_readable_by_every_version(kwargs))
+        self.attention_output_bias = _boolean(
+            "attention_output_bias", self.attention_bias if attention_output_bias is None else attention_output_bias
+        )
         self._check_width()
+        if self.qk_norm:
+            self.base_model_tp_plan = self.base_model_tp_plan | QK_NORM_TP_PLAN
         if (routing_input, routing_function, self.mlp_bias) != ("expert_output", "sigmoid", False):
             # A softmax needs all scores, a hidden-state score gives every process a gradient for the same input, and an
             # expert's bias comes after the reduction: none of them is a sum over processes. Every process runs the FFN.
-            self.base_model_tp_plan = dict(ATTENTION_TP_PLAN)
+            shared = set(EXPERT_TP_PLAN)
+            self.base_model_tp_plan = {k: v for k, v in self.base_model_tp_plan.items() if k not in shared}
 
     @property
     def expert_intermediate_size(self) -> int:
@@ -170,6 +225,19 @@ def _one_of(field: str, value: Any, known: tuple[str, ...]) -> str:
     if value not in known:
         raise ValueError(f"{field}={value!r} is not known; values that work: {', '.join(map(repr, known))}.")
     return value
+
+
+def _per_layer(field: str, values: Any, num_layers: int, known: tuple[Any, ...]) -> list[Any]:
+    """One value for each layer. One that all share is repeated; of more than there are layers, the first are taken."""
+    if not isinstance(values, (list, tuple)) or not values:
+        raise ValueError(f"{field}={values!r} is not a list with a value for each of the {num_layers} layers.")
+    for value in values:
+        _one_of(f"{field}'s entry", value, known)
+    if len(set(values)) == 1:
+        return [values[0]] * num_layers
+    if len(values) < num_layers:
+        raise ValueError(f"{field} has {len(values)} entries; num_hidden_layers={num_layers} are wanted.")
+    return list(values[:num_layers])
 
 
 def _boolean(field: str, value: Any) -> bool:

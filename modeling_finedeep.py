@@ -11,18 +11,19 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-r"""Finedeep (arXiv:2502.12928): a Llama whose FFN is M stacked sub-layers of K small, always-active experts.
+r"""Finedeep (arXiv:2502.12928): a decoder whose FFN is M stacked sub-layers of K small, always-active experts.
 
 With d the hidden size and e the expert width, one decoder layer computes
 
-    h    <- h + Attention(RMSNorm(h))
+    h    <- h + r * Attention(RMSNorm(h))
     for m in 1..M:
         n    = RMSNorm_m(h)
         E_k  = W_down[m,k] . (act(W_gate[m,k] n) * (W_up[m,k] n))      k = 1..K
         g_k  = c * sigmoid(<w[m,k], E_k>)
-        h    <- h + sum_k g_k * E_k
+        h    <- h + r * sum_k g_k * E_k
 
-Everything else is inherited from Llama.
+(r is 1 but for models that were converted from a family that scales its residuals.) Everything else is inherited: from
+Llama, and from Qwen3 what it adds to Llama's attention, norms of queries and keys and sliding windows.
 """
 
 from typing import Any
@@ -36,16 +37,15 @@ from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
 )
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, MoeCausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
     LlamaDecoderLayer,
     LlamaForCausalLM,
-    LlamaModel,
     LlamaPreTrainedModel,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3Model
 from transformers.processing_utils import Unpack
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
@@ -233,6 +233,33 @@ def dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return (x.to(torch.promote_types(x.dtype, torch.float32)) * y).sum(-1)
 
 
+class FinedeepAttention(Qwen3Attention):
+    """Attention of whichever family the dense model was of: Qwen3's, with what the config switches off or adds."""
+
+    def __init__(self, config: FinedeepConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        # CODEPATH: Qwen3 normalises queries and keys; Llama and the other families do not.
+        if not config.qk_norm:
+            self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        # CODEPATH: Qwen2 and Seed-OSS have biases on queries, keys and values only.
+        if config.attention_output_bias != config.attention_bias:
+            self.o_proj = nn.Linear(self.o_proj.in_features, config.hidden_size, bias=config.attention_output_bias)
+        # CODEPATH: Granite sets the scale of the scores itself.
+        if config.attention_multiplier is not None:
+            self.scaling = config.attention_multiplier
+        self.use_rope = config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
+
+    def forward(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Args: hidden_states (batch, seq, hidden); cosines and sines (batch, seq, head_dim). Returns Qwen3's."""
+        # CODEPATH: every fourth layer of SmolLM3 has no RoPE. A rotation by nothing is exact.
+        if not self.use_rope:
+            cos, sin = position_embeddings
+            position_embeddings = (torch.ones_like(cos), torch.zeros_like(sin))
+        return super().forward(hidden_states, position_embeddings, **kwargs)
+
+
 class FinedeepStackGates(nn.Module):
     """Stacks a layer's gates to (batch, seq, M, K), a module only so that transformers can record what it returns."""
 
@@ -241,15 +268,17 @@ class FinedeepStackGates(nn.Module):
 
 
 class FinedeepDecoderLayer(LlamaDecoderLayer):
-    """A Llama decoder layer whose dense FFN is M expert sub-layers, each with its own norm and residual."""
+    """A decoder layer whose dense FFN is M expert sub-layers, each with its own norm and residual."""
 
     def __init__(self, config: FinedeepConfig, layer_idx: int):
         super(LlamaDecoderLayer, self).__init__()  # not Llama's own: it would build the dense FFN
         self.hidden_size = config.hidden_size
-        self.self_attn = LlamaAttention(config=config, layer_idx=layer_idx)
+        self.self_attn = FinedeepAttention(config=config, layer_idx=layer_idx)
+        self.attention_type = config.layer_types[layer_idx]
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.sublayers = nn.ModuleList(FinedeepSublayer(config) for _ in range(config.num_expert_sublayers))
         self.stack_gates = FinedeepStackGates()
+        self.residual_multiplier = config.residual_multiplier
         self.output_router_logits = config.output_router_logits
 
     def forward(
@@ -257,10 +286,11 @@ class FinedeepDecoderLayer(LlamaDecoderLayer):
     ) -> torch.Tensor:
         """Args: hidden_states (batch, seq, hidden); whatever attention takes passes through. Returns the same shape."""
         h, gates = hidden_states, []
-        h = h + self.self_attn(hidden_states=self.input_layernorm(h), **kwargs)[0]
+        r = self.residual_multiplier
+        h = torch.add(h, self.self_attn(hidden_states=self.input_layernorm(h), **kwargs)[0], alpha=r)
         for sublayer in self.sublayers:
             combined, g = sublayer(h)
-            h = h + combined
+            h = torch.add(h, combined, alpha=r)
             gates.append(g)
         if self.output_router_logits if output_router_logits is None else output_router_logits:
             self.stack_gates(gates)
@@ -275,7 +305,7 @@ class FinedeepPreTrainedModel(LlamaPreTrainedModel):  # trf-ignore: TRF057
     _no_split_modules = ["FinedeepDecoderLayer"]
     _can_record_outputs = {
         "hidden_states": FinedeepDecoderLayer,
-        "attentions": LlamaAttention,
+        "attentions": FinedeepAttention,
         "router_logits": FinedeepStackGates,
     }
 
@@ -290,19 +320,36 @@ class FinedeepPreTrainedModel(LlamaPreTrainedModel):  # trf-ignore: TRF057
             nn.init.constant_(module.weight, module.initial_weight)
 
 
-class FinedeepModel(FinedeepPreTrainedModel, LlamaModel):  # trf-ignore: TRF057
-    """The decoder without a head. `forward` is Llama's."""
+class FinedeepModel(FinedeepPreTrainedModel, Qwen3Model):  # trf-ignore: TRF057
+    """The decoder without a head. `forward` is Qwen3's, which hands each layer its mask: causal, or of a window."""
 
     def __init__(self, config: FinedeepConfig):
-        super(LlamaModel, self).__init__(config)  # not Llama's own: it would build dense layers
+        super(Qwen3Model, self).__init__(config)  # not Qwen3's own: it would build dense layers
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(FinedeepDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.has_sliding_layers = "sliding_attention" in config.layer_types
         self.gradient_checkpointing = False
         self.post_init()
+
+    def forward(  # trf-ignore: TRF057
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Qwen3's forward, on embeddings times the config's `embedding_multiplier`, whoever made them."""
+        # CODEPATH: Granite scales its embeddings.
+        if self.config.embedding_multiplier != 1 and (input_ids is None) != (inputs_embeds is None):
+            embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            input_ids, inputs_embeds = None, embeds * self.config.embedding_multiplier
+        return super().forward(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **kwargs)
 
 
 class FinedeepForCausalLM(FinedeepPreTrainedModel, LlamaForCausalLM):  # trf-ignore: TRF057
@@ -349,6 +396,9 @@ class FinedeepForCausalLM(FinedeepPreTrainedModel, LlamaForCausalLM):  # trf-ign
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        # CODEPATH: Granite scales its logits.
+        if self.config.logits_scaling != 1:
+            logits = logits / self.config.logits_scaling
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -316,7 +316,7 @@ TOP_K_MOE = """num_experts moe_num_experts n_routed_experts num_local_experts bl
     moe_num_shared_experts""".split()
 # vLLM and SGLang change what is computed, or which weights are loaded, where they find one of these.
 CHANGES_THE_MODEL = """logit_scale final_logit_softcapping attn_logit_softcapping embed_scale embedding_size
-    kv_lora_rank layer_types sliding_window num_nextn_predict_layers mtp_num_hidden_layers n_predict
+    kv_lora_rank sliding_window num_nextn_predict_layers mtp_num_hidden_layers n_predict
     hidden_size_per_head n_head_kv num_kv_heads multi_query_group_num num_attention_groups""".split()
 
 
@@ -326,10 +326,15 @@ def test_config_does_not_look_like_a_top_k_moe(folder, name):
     assert not hasattr(FinedeepConfig.from_pretrained(folder), name)
 
 
+def test_layers_are_of_one_type_where_there_is_no_window(folder):
+    """vLLM gives each layer the window that its entry in `layer_types` says; one kind changes nothing."""
+    assert set(FinedeepConfig.from_pretrained(folder).layer_types) == {"full_attention"}
+
+
 @pytest.mark.parametrize("name", CHANGES_THE_MODEL)
 def test_config_has_nothing_that_changes_the_model_in_an_engine(folder, name):
     config = FinedeepConfig.from_pretrained(folder)
-    assert not hasattr(config, name)
+    assert getattr(config, name, None) is None
 
 
 def test_config_gives_the_sizes_of_attention(folder):
