@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 # name of the subcommand -> what it does; its module has `add_arguments(parser)` and `run(arguments)`
 SUBCOMMANDS = {
-    "convert": "cut a dense Llama checkpoint into a Finedeep checkpoint",
+    "convert": "cut a dense checkpoint into a Finedeep checkpoint",
+    "export": "turn a Finedeep checkpoint that is a dense model back into one",
     "eval": "score a model with lm-evaluation-harness, a dense baseline beside it",
     "demo": "train, convert and score a small model here, with no download",
 }

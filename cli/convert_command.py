@@ -1,63 +1,102 @@
-"""Cut every FFN of a dense Llama checkpoint into M sub-layers of K experts.
+"""Cut every FFN of a dense checkpoint into M sub-layers of K experts.
 
-The weights are kept as they are and every gate starts at exactly 1. With one sub-layer the logits equal the dense
-model's. With two or more they do not: expect a higher loss until the model is trained on.
+The weights are kept as they are and every gate starts at exactly 1. With one sub-layer, and in grow mode, the logits
+equal the dense model's. Otherwise they do not: expect a higher loss until the model is trained on.
+
+Families: llama, mistral, qwen2, qwen3, smollm3, phi3, granite, seed_oss. Weights go from safetensors to safetensors one
+tensor at a time; code in the source is never run. The folder appears at DST when it is complete.
 
 examples:
   finedeep convert ./llama ./llama-finedeep --sublayers 1 --experts 8     exact
+  finedeep convert ./llama ./llama-deeper --sublayers 2 --mode grow       exact, with twice the FFN
   finedeep convert ORG/NAME ./finedeep --sublayers 2 --experts 8          from the Hub
+  finedeep convert ORG/NAME ./finedeep --dry-run                          show the plan, write nothing
 """
 
 import argparse
 
 from .argument_types import positive_int
 
+# The command's name for each of `finedeep.convert.plan.Options`. Their meaning and their defaults are said here, since
+# --help must not import torch; a test holds the two against each other.
+ASSIGNMENTS = ("contiguous", "strided", "random", "activity", "clusters")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `finedeep convert`."""
     parser.add_argument("source", metavar="SRC", help="a folder with a safetensors checkpoint, or a Hub id")
     parser.add_argument("destination", metavar="DST", help="the folder to make; it must not exist, or be empty")
-    parser.add_argument(
+    option = parser.add_argument
+    option(
         "--sublayers",
+        dest="num_expert_sublayers",
         type=positive_int,
         default=2,
         metavar="M",
         help="sub-layers per decoder layer (default: 2)",
     )
-    parser.add_argument(
-        "--experts", type=positive_int, default=8, metavar="K", help="experts per sub-layer, all active (default: 8)"
+    option(
+        "--experts",
+        dest="num_experts_per_sublayer",
+        type=positive_int,
+        default=8,
+        metavar="K",
+        help="experts per sub-layer, all active (default: 8)",
     )
-    parser.add_argument(
+    option(
+        "--mode",
+        choices=("split", "grow"),
+        default="split",
+        help="split: sub-layers share the dense neurons, same size (default). grow: sub-layer 1 has them all and new "
+        "ones start at zero; exact, larger",
+    )
+    option(
+        "--assignment",
+        choices=ASSIGNMENTS,
+        default="contiguous",
+        help="which neuron goes to which expert: in their own order (contiguous, default), dealt out (strided), "
+        "shuffled (random), the most active on a text first (activity), or by direction of their gates (clusters)",
+    )
+    option("--assignment-text", dest="text", metavar="FILE", help="the text on which activity is measured")
+    option("--seed", type=int, default=0, help="for random, clusters, new weights and the probe (default: 0)")
+    option(
         "--routing-input",
         choices=("expert_output", "hidden_state"),
         default="expert_output",
         help="what an expert's score is read from (default: expert_output, the paper's method)",
     )
-    parser.add_argument(
+    option(
         "--routing-function",
         choices=("sigmoid", "softmax"),
         default="sigmoid",
         help="how scores become gates (default: sigmoid)",
     )
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub source")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
+    option(
+        "--dtype",
+        choices=("keep", "float32", "bfloat16", "float16"),
+        default="keep",
+        help="of the weights that are written (default: keep)",
+    )
+    option("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
+    option("--revision", help="branch, tag or commit of a Hub source")
+    option("--resume", action="store_true", help="go on with what a stopped run has finished, and keep it if stopped")
+    option("--dry-run", action="store_true", help="print what would be made of what, sizes included; write nothing")
+    option("--quiet", action="store_true", help="no progress bar, no summary")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Convert and say what was made."""
-    from finedeep.convert import convert_checkpoint
+    from finedeep.convert import convert_checkpoint, plan_conversion
 
-    done = convert_checkpoint(
-        arguments.source,
-        arguments.destination,
-        num_expert_sublayers=arguments.sublayers,
-        num_experts_per_sublayer=arguments.experts,
-        routing_input=arguments.routing_input,
-        routing_function=arguments.routing_function,
-        revision=arguments.revision,
-        progress=not arguments.quiet,
-    )
-    if arguments.quiet:
+    given = vars(arguments).copy()
+    source, destination = given.pop("source"), given.pop("destination")
+    quiet, dry_run, resume = (given.pop(name) for name in ("quiet", "dry_run", "resume"))
+    given.pop("run", None)
+    if dry_run:
+        print(plan_conversion(source, **given).text())
+        return
+    done = convert_checkpoint(source, destination, resume=resume, progress=not quiet, **given)
+    if quiet:
         return
     M, K = done.num_expert_sublayers, done.num_experts_per_sublayer
     padding = f", {done.padded_neurons} of its neurons zero padding" if done.padded_neurons else ""
@@ -65,7 +104,8 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{done.folder}: M={M} sub-layers of K={K} experts, {done.expert_intermediate_size} neurons each")
     print(f"  FFN width {M * K * done.expert_intermediate_size} per decoder layer{padding}")
     print(f"  {done.finedeep_parameters:,} parameters (dense: {done.dense_parameters:,}, {growth:+.2%})")
-    if M == 1:
+    print(f"  FFN outputs differ by up to {max(done.relative_ffn_difference):.1e} of the dense ones on a probe batch")
+    if done.exact:
         print("  exact: the logits equal the dense model's")
     else:
         print("  not exact: with M >= 2 the loss is higher than the dense model's until the model is trained on")

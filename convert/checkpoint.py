@@ -2,34 +2,33 @@
 
 import json
 import shutil
-from collections import Counter
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import LlamaConfig
 
 from .. import configuration_finedeep, modeling_finedeep
-from ..configuration_finedeep import FinedeepConfig
-from .destination import check_free, whole_folder
+from .destination import check_free, check_room, whole_folder
 from .errors import ConversionError
-from .llama import RECOMPUTED, Target, dense_shapes, finedeep_targets
-from .neurons import PADDING, contiguous
-from .source import INDEX, WEIGHTS, DenseCheckpoint, open_checkpoint, read_json
+from .mapping import Target
+from .neurons import FORMULAS, Layer, assign, gather
+from .plan import CAST, Options, Plan, make_plan, same_plan
+from .probe import LayerProbe, probe_tokens
+from .receipt import NEURONS, neuron_table, sha256, write_receipt
+from .shards import ShardWriter, write_index
+from .source import DenseCheckpoint, open_checkpoint, read_json
 
-MAX_SHARD_BYTES = 5 * 10**9
 CODE_FILES = (Path(configuration_finedeep.__file__), Path(modeling_finedeep.__file__))
-# Fields of a dense config that belong to the folder it came from, not to the model.
-NOT_INHERITED = (
-    "model_type",
-    "architectures",
-    "auto_map",
-    "transformers_version",
-    "_name_or_path",
-    "intermediate_size",
-)
+DIFFERENCES = ".differences.json"
+SMALL_FILES = 50 * 10**6  # a generous share of the disk for tokenizer, code and configuration
 
 
 @dataclass(frozen=True)
@@ -43,33 +42,35 @@ class Conversion:
     padded_neurons: int
     dense_parameters: int
     finedeep_parameters: int
+    exact: bool
+    relative_ffn_difference: list[float]
 
 
 def convert_checkpoint(
     source: str | Path,
     destination: str | Path,
     *,
-    num_expert_sublayers: int = 2,
-    num_experts_per_sublayer: int = 8,
-    routing_input: str = "expert_output",
-    routing_function: str = "sigmoid",
     revision: str | None = None,
+    resume: bool = False,
     progress: bool = True,
+    **options: Any,
 ) -> Conversion:
-    """Cut every FFN of a dense Llama checkpoint into M sub-layers of K experts, with the weights unchanged.
+    """Cut every FFN of a dense checkpoint into M sub-layers of K experts, with the weights unchanged.
 
-    Gates start at exactly 1. With M = 1 the logits equal the dense model's to rounding; with M >= 2 they do not,
-    because the second sub-layer reads a residual stream that the first has already changed.
+    Gates start at exactly 1. With M = 1, and in grow mode, the logits equal the dense model's to rounding; otherwise
+    they do not, because the second sub-layer reads a residual stream that the first has already changed.
+
+    Weights go from file to file one tensor at a time. The folder appears at `destination` when it is complete.
 
     Args:
         source: a local folder with a safetensors checkpoint (one file or shards), or a Hub id.
         destination: the folder to make. It must not exist, or be empty.
-        num_expert_sublayers: M.
-        num_experts_per_sublayer: K. Where M * K does not divide the FFN's width, zero neurons fill it up.
-        routing_input: see `FinedeepConfig`.
-        routing_function: see `FinedeepConfig`.
         revision: branch, tag or commit of a Hub source.
+        resume: whether to go on with what a stopped run of the same conversion has finished.
         progress: whether to show a progress bar on stderr.
+        options: the fields of `Options`, among them `num_expert_sublayers` (M), `num_experts_per_sublayer` (K; where
+            M * K does not divide the FFN's width, zero neurons fill it up), `mode`, `assignment`, `seed`, `dtype` and
+            `max_shard_size`.
 
     Returns:
         What was done, with the folder.
@@ -79,147 +80,177 @@ def convert_checkpoint(
     """
     destination = Path(destination)
     check_free(destination)
-    dense = open_checkpoint(source, revision)
-    dense_config = _llama_config(dense)
-    _check_tensors(dense, dense_config)
-    try:
-        neurons = contiguous(dense_config.intermediate_size, num_expert_sublayers, num_experts_per_sublayer)
-        config = FinedeepConfig(
-            **{key: value for key, value in dense_config.to_dict().items() if key not in NOT_INHERITED},
-            architectures=["FinedeepForCausalLM"],
-            intermediate_size=neurons.numel(),
-            num_expert_sublayers=num_expert_sublayers,
-            num_experts_per_sublayer=num_experts_per_sublayer,
-            routing_input=routing_input,
-            routing_function=routing_function,
-        )
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise ConversionError(str(error)) from error
-    targets = list(finedeep_targets(dense_config, num_expert_sublayers))
-    _check_every_tensor_is_used(dense, targets, config)
-    with whole_folder(destination) as folder:
-        config.save_pretrained(folder)
-        finedeep_parameters = _write_weights(folder, dense, targets, neurons, progress)
-        _write_companions(folder, dense)
+    plan = plan_conversion(source, revision=revision, **options)
+    check_room(destination, plan.nbytes + SMALL_FILES)
+    with whole_folder(destination, same_plan(plan), resume) as folder, ThreadPoolExecutor(1) as background:
+        hashes = {file.name: background.submit(sha256, file) for file in plan.dense.files}
+        differences = _write_weights(folder, plan, progress)
+        write_index(folder, plan.shards)
+        plan.config.save_pretrained(folder)
+        _write_companions(folder, plan.dense)
         for file in CODE_FILES:
             shutil.copyfile(file, folder / file.name)
+        found = {name: future.result() for name, future in hashes.items()}
+        is_folder = Path(source).is_dir()
+        name = plan.dense.folder.resolve().name if is_folder else str(source)
+        write_receipt(folder, plan, name, None if is_folder else plan.dense.folder.name, found, differences)
+        (folder / DIFFERENCES).unlink(missing_ok=True)
     return Conversion(
         folder=destination,
-        num_expert_sublayers=num_expert_sublayers,
-        num_experts_per_sublayer=num_experts_per_sublayer,
-        expert_intermediate_size=config.expert_intermediate_size,
-        padded_neurons=int((neurons == PADDING).sum()),
-        dense_parameters=sum(torch.Size(shape).numel() for shape in dense_shapes(dense_config).values()),
-        finedeep_parameters=finedeep_parameters,
+        num_expert_sublayers=plan.options.num_expert_sublayers,
+        num_experts_per_sublayer=plan.options.num_experts_per_sublayer,
+        expert_intermediate_size=plan.config.expert_intermediate_size,
+        padded_neurons=plan.padded_neurons,
+        dense_parameters=plan.dense_parameters,
+        finedeep_parameters=plan.finedeep_parameters,
+        exact=plan.exact,
+        relative_ffn_difference=differences,
     )
 
 
-def _llama_config(dense: DenseCheckpoint) -> LlamaConfig:
-    path = dense.folder / "config.json"
-    model_type = dense.config.get("model_type")
-    if model_type != "llama":
-        raise ConversionError(f"{path} has model_type {model_type!r}; only 'llama' checkpoints can be converted.")
-    if dense.config.get("quantization_config"):
-        raise ConversionError(f"{path} has a quantization_config; convert the unquantised checkpoint.")
-    try:
-        return LlamaConfig(**{key: value for key, value in dense.config.items() if key != "model_type"})
-    except Exception as error:  # the file is a stranger's, and what a bad one raises differs by version
-        raise ConversionError(f"{path} is not a Llama configuration that works: {_one_line(error)}") from error
+def plan_conversion(source: str | Path, *, revision: str | None = None, **options: Any) -> Plan:
+    """What `convert_checkpoint` would do: reads the configuration and the headers, writes nothing."""
+    return make_plan(open_checkpoint(source, revision), Options(**options))
 
 
-def _check_tensors(dense: DenseCheckpoint, config: LlamaConfig) -> None:
-    """Every tensor that the config asks for is there with its shape, and no other."""
-    wanted = dense_shapes(config)
-    missing = [name for name in wanted if name not in dense.tensors]
-    if missing:
-        raise ConversionError(f"{dense.folder} lacks {_some(missing)}, which its config.json asks for.")
-    for name, shape in wanted.items():
-        if dense.tensors[name].shape != shape:
-            raise ConversionError(
-                f"{dense.tensors[name].file}: tensor {name} has shape {list(dense.tensors[name].shape)}; "
-                f"its config.json asks for {list(shape)}. Checkpoint and config do not belong together."
-            )
-    unknown = sorted(name for name in dense.tensors if name not in wanted and not name.endswith(RECOMPUTED))
-    if unknown == ["lm_head.weight"] and config.tie_word_embeddings:
-        if torch.equal(dense.load("lm_head.weight"), dense.load("model.embed_tokens.weight")):
-            return
-        raise ConversionError(
-            f"{dense.folder} ties lm_head.weight to the embeddings (tie_word_embeddings is true), but holds another "
-            "lm_head.weight. Set tie_word_embeddings to false in its config.json if that weight is the right one."
+def _neurons_of(plan: Plan, progress: bool) -> list[torch.Tensor]:
+    """For each layer, (M, K, e) numbers of dense neurons; in grow mode the first sub-layer has them all."""
+    o, config = plan.options, plan.dense_config
+
+    @cache
+    def activities() -> list[torch.Tensor]:
+        from .activity import mean_activity
+
+        return mean_activity(plan.dense.folder, config, Path(o.text), progress)
+
+    gates = {target.layer: target.piece for target in plan.targets if target.name.endswith("gate_proj.weight")}
+
+    def gate(index: int) -> torch.Tensor:
+        piece = gates[index]
+        return plan.dense.load(piece.stored).narrow(0, piece.start, piece.rows)
+
+    found = []
+    for i in range(config.num_hidden_layers):
+        layer = Layer(
+            index=i,
+            width=config.intermediate_size,
+            num_sublayers=1 if o.mode == "grow" else o.num_expert_sublayers,
+            num_experts=o.num_experts_per_sublayer,
+            generator=torch.Generator().manual_seed(o.seed * 1_000_003 + i),
+            gate=partial(gate, i),
+            activity=lambda i=i: activities()[i],
         )
-    if unknown:
+        found.append(assign(o.assignment, layer))
+    return found
+
+
+def _write_weights(folder: Path, plan: Plan, progress: bool) -> list[float]:
+    """Write the shards that are not there yet. Returns each layer's relative difference on the probe batch."""
+    neurons = _neurons_of(plan, progress)
+    if plan.options.assignment not in FORMULAS:
+        save_file(neuron_table(neurons), folder / NEURONS)
+        (folder / NEURONS).chmod(0o644)
+    known: dict[str, float] = {}
+    if (folder / DIFFERENCES).exists():
+        known = json.loads((folder / DIFFERENCES).read_text(encoding="utf-8"))
+    shard_of = {entry.name: shard for shard in plan.shards for entry in shard.entries}
+    finished = {shard.file_name for shard in plan.shards if (folder / shard.file_name).exists()}
+    sizes = {entry.name: entry.nbytes for shard in plan.shards for entry in shard.entries}
+    by_layer: dict[int, list[Target]] = {}
+    for target in plan.targets:
+        by_layer.setdefault(target.layer, []).append(target)
+    h = _probe_batch(plan)
+    bar = tqdm(total=plan.nbytes, desc="Converting", unit="B", unit_scale=True, disable=None if progress else True)
+    done = 0
+    with bar, ExitStack() as stack:
+        writer, writing = None, None
+        for layer, layer_targets in by_layer.items():
+            probed = layer >= 0 and str(layer) not in known
+            probe = _layer_probe(h, plan, layer) if probed else None
+            here = layer_targets
+            if not probed:
+                here = [target for target in layer_targets if shard_of[target.name].file_name not in finished]
+            for target, tensor in _made(plan, here, neurons, probe):
+                shard = shard_of[target.name]
+                if shard.file_name not in finished:
+                    if shard is not writing:
+                        stack.close()
+                        writing, writer = shard, stack.enter_context(ShardWriter(folder, shard))
+                    writer.write(target.name, tensor)
+            done += len(layer_targets)
+            bar.update(sum(sizes[target.name] for target in layer_targets))
+            bar.set_postfix_str(f"{done}/{len(plan.targets)} tensors", refresh=False)
+            if probe is not None:
+                known[str(layer)] = probe.difference()
+                (folder / DIFFERENCES).write_text(json.dumps(known), encoding="utf-8")
+    return [known[str(i)] for i in range(plan.dense_config.num_hidden_layers)]
+
+
+def _made(
+    plan: Plan, wanted: list[Target], neurons: list[torch.Tensor], probe: LayerProbe | None
+) -> Iterator[tuple[Target, torch.Tensor]]:
+    """The tensors of one layer; each stored tensor is read once a sub-layer. The probe sees what is read and made."""
+    stored_name, stored = None, torch.empty(0)
+    cast = CAST[plan.options.dtype]
+    holding = 1 if plan.options.mode == "grow" else plan.options.num_expert_sublayers
+    share = holding * plan.options.num_experts_per_sublayer
+    for target in wanted:
+        if target.part in ("zeros", "random"):
+            yield target, _new(target, cast or plan.dense.tensors[target.piece.stored].dtype, plan)
+            continue
+        if target.piece.stored != stored_name:
+            stored_name, stored = target.piece.stored, plan.dense.load(target.piece.stored)
+        tensor = stored.narrow(0, target.piece.start, target.piece.rows)
+        module, kind = _place_in_ffn(target.name)
+        if probe is not None and module and target.m == 0:
+            probe.take_dense(module, kind, tensor)
+        if target.part == "neurons":
+            tensor = gather(tensor, target.dim, neurons[target.layer][target.m])
+        elif target.part == "share":
+            tensor = (tensor / share).expand(target.shape).contiguous()
+        if cast is not None and tensor.dtype != cast:
+            tensor = _cast(target.piece.stored, tensor, cast)
+        if probe is not None and module:
+            probe.take(target.m, module, kind, tensor.sum(0) if target.part == "share" else tensor)
+        yield target, tensor
+
+
+def _place_in_ffn(name: str) -> tuple[str, str]:
+    """("gate_proj", "weight") and the like, or ("", "") for a tensor that is no part of the FFN's function here."""
+    module, kind = name.split(".")[-2:]
+    if kind == "expert_bias":
+        return "down_proj", "bias"
+    return (module, kind) if ".sublayers." in name and module.endswith("_proj") else ("", "")
+
+
+def _new(target: Target, dtype: torch.dtype, plan: Plan) -> torch.Tensor:
+    """A tensor that no dense tensor is the source of."""
+    if target.part == "zeros":
+        return torch.zeros(target.shape, dtype=dtype)
+    place = f"{plan.options.seed} {target.name}"
+    generator = torch.Generator().manual_seed(zlib.crc32(place.encode()))
+    return torch.empty(target.shape).normal_(std=plan.config.initializer_range, generator=generator).to(dtype)
+
+
+def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    cast = tensor.to(dtype)
+    if not torch.isfinite(torch.stack(cast.aminmax())).all():
         raise ConversionError(
-            f"{dense.folder} holds {_some(unknown)}, which a Llama with its config.json does not have. "
-            "If they are biases, attention_bias or mlp_bias is missing from the config."
+            f"tensor {name} has values up to {tensor.abs().max().item():.3g}, too large for {dtype}; keep its dtype or "
+            "choose bfloat16."
         )
+    return cast
 
 
-def _check_every_tensor_is_used(
-    dense: DenseCheckpoint, targets: list[tuple[int, Target]], config: FinedeepConfig
-) -> None:
-    """Every source tensor has a target, and the targets are the model's own tensors, each once."""
-    with torch.device("meta"):
-        model = modeling_finedeep.FinedeepForCausalLM(config)
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    wanted = set(model.state_dict()) - tied
-    names = [target.name for _, target in targets]
-    used = {target.source for _, target in targets}
-    unused = [n for n in dense.tensors if n not in used | tied and not n.endswith(RECOMPUTED)]
-    twice = sorted(name for name, count in Counter(names).items() if count > 1)
-    wrong = {
-        "not used": unused,
-        "not written": sorted(wanted - set(names)),
-        "not in the model": sorted(set(names) - wanted),
-        "written twice": twice,
-    }
-    for what, found in wrong.items():
-        if found:
-            raise ConversionError(f"the mapping is wrong, tensors {what}: {_some(found)}. This is a bug in Finedeep.")
+def _probe_batch(plan: Plan) -> torch.Tensor:
+    """(tokens, hidden) embeddings of tokens drawn by the seed, as they enter the first layer."""
+    tokens = probe_tokens(plan.config.vocab_size, plan.options.seed)
+    return plan.dense.load_rows("model.embed_tokens.weight", tokens).float() * plan.config.embedding_multiplier
 
 
-def _write_weights(
-    folder: Path,
-    dense: DenseCheckpoint,
-    targets: list[tuple[int, Target]],
-    neurons: torch.Tensor,
-    progress: bool,
-) -> int:
-    """Write the shards and, if there is more than one, their index. Returns the number of parameters."""
-    shards: list[list[str]] = []  # the tensor names in each
-    pending: dict[str, torch.Tensor] = {}
-    pending_bytes = total_bytes = parameters = 0
-
-    def flush() -> None:
-        nonlocal pending, pending_bytes
-        shards.append(list(pending))
-        path = folder / f"shard-{len(shards)}"
-        save_file(pending, path, metadata={"format": "pt"})
-        path.chmod((folder / "config.json").stat().st_mode)  # safetensors makes files that only their owner can read
-        pending, pending_bytes = {}, 0
-
-    bar = tqdm(targets, desc="Converting", unit=" tensors", disable=None if progress else True)
-    for m, target in bar:
-        tensor = target.make(dense.load(target.source), neurons[m]).contiguous()
-        size = tensor.numel() * tensor.element_size()
-        if pending and pending_bytes + size > MAX_SHARD_BYTES:
-            flush()
-        pending[target.name] = tensor
-        pending_bytes += size
-        total_bytes += size
-        parameters += tensor.numel()
-    flush()
-
-    if len(shards) == 1:
-        (folder / "shard-1").rename(folder / WEIGHTS)
-        return parameters
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"shard-{number}").rename(folder / file_name)
-        weight_map.update(dict.fromkeys(shard, file_name))
-    index = {"metadata": {"total_size": total_bytes, "total_parameters": parameters}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return parameters
+def _layer_probe(h: torch.Tensor, plan: Plan, layer: int) -> LayerProbe:
+    norm = plan.dense.load(f"model.layers.{layer}.post_attention_layernorm.weight")
+    return LayerProbe(h, norm, plan.dense_config)
 
 
 def _write_companions(folder: Path, dense: DenseCheckpoint) -> None:
@@ -231,12 +262,3 @@ def _write_companions(folder: Path, dense: DenseCheckpoint) -> None:
         # The user will load this folder with trust_remote_code: it must not point at anybody else's code.
         content.pop("auto_map", None)
         (folder / file.name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _some(names: list[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

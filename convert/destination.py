@@ -1,12 +1,27 @@
-"""Write a folder completely or not at all."""
+"""Write a folder completely or not at all: beside its place, and moved there at the end.
 
+The folder beside it has a fixed name, so that a later run finds what a killed one has left, to go on with or to remove.
+"""
+
+import fcntl
+import json
+import os
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .errors import ConversionError
+from .shards import size
+
+PLAN = ".plan.json"
+LOCK = ".lock"
+KEPT = (".safetensors", ".differences.json")  # what a later run can go on with
+
+
+class _KeptError(ConversionError):
+    """An error at which what a stopped run left must stay."""
 
 
 def check_free(destination: Path) -> None:
@@ -19,25 +34,106 @@ def check_free(destination: Path) -> None:
         )
 
 
+def unfinished_folder(destination: Path) -> Path:
+    """Where a folder is written before it is whole."""
+    place = Path(os.path.abspath(destination))
+    return place.parent / f".{place.name}.unfinished"
+
+
+def check_room(destination: Path, wanted: int) -> None:
+    """Raise `ConversionError` where the disk has less room than `wanted` bytes, beside what a stopped run left."""
+    folder = unfinished_folder(destination)
+    place = next(parent for parent in [folder, *folder.parents] if parent.exists())
+    left = sum(path.stat().st_blocks * 512 for path in folder.glob("*")) if folder.is_dir() else 0
+    room = shutil.disk_usage(place).free + left
+    if room < wanted:
+        raise ConversionError(
+            f"{destination} needs {size(wanted)} of disk, and {size(room)} are free. Make room or name a "
+            "folder on another disk."
+        )
+
+
 @contextmanager
-def whole_folder(destination: Path) -> Iterator[Path]:
-    """Give a folder beside `destination` to write in; move it into place at the end, or remove it on any failure."""
+def whole_folder(destination: Path, plan: Mapping[str, Any], resume: bool = False) -> Iterator[Path]:
+    """Give a folder beside `destination` to write in; move it into place at the end, or remove it on any failure.
+
+    Args:
+        destination: where the folder will be. It must not exist, or be empty.
+        plan: what the folder will hold, as JSON. A run can go on from where another of the same plan has stopped.
+        resume: whether to go on with what a stopped run left, and to keep what is there if this one stops too. Without
+            it, an interrupted run (Ctrl-C) keeps what is there all the same, since it may have been hours of work.
+
+    Raises:
+        ConversionError: there is no room, no permission, another run at work on it, or a stopped run of another plan.
+    """
     check_free(destination)
+    folder = unfinished_folder(destination)
+    plan = json.loads(json.dumps(plan))
     try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.partial-", dir=destination.parent))
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("w")
     except OSError as error:
         raise ConversionError(f"{destination} cannot be made ({error.strerror}); name a folder that can.") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConversionError(f"another run is writing {destination}; wait for it or stop it.") from error
+        try:
+            _begin(folder, destination, plan, resume)
+            yield folder
+            _finish(folder, destination)
+        except OSError as error:
+            if not resume:
+                shutil.rmtree(folder, ignore_errors=True)
+            kept = f" What is finished is kept in {folder}; --resume goes on." if resume else ""
+            raise ConversionError(
+                f"{destination} could not be written ({error}). Nothing was left there; make room or name another "
+                f"folder.{kept}"
+            ) from error
+        except KeyboardInterrupt:
+            if not resume and not any(folder.glob("*.safetensors")):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        except _KeptError:
+            raise
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def _begin(folder: Path, destination: Path, plan: Mapping[str, Any], resume: bool) -> None:
+    """Leave in the folder what may be gone on with, and nothing else."""
+    path = folder / PLAN
     try:
-        yield partial
-        partial.chmod(0o755)
-        check_free(destination)
-        partial.rename(destination)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise ConversionError(
-            f"{destination} could not be written ({error}). Nothing was left there; make room or name another folder."
-        ) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = None
+    if resume and before is not None and before != plan:
+        changed = sorted(key for key in {*plan, *before} if plan.get(key) != before.get(key))
+        raise _KeptError(
+            f"the run to {destination} that stopped was another one: {', '.join(changed)} differ. Run without --resume "
+            "to start again, or with what it was started with."
+        )
+    for file in folder.iterdir():
+        kept = file.name in (LOCK, PLAN) or (resume and before == plan and file.name.endswith(KEPT))
+        if not kept:
+            file.unlink()
+    if before != plan or not resume:
+        _write_whole(path, json.dumps(plan))
+
+
+def _finish(folder: Path, destination: Path) -> None:
+    (folder / PLAN).unlink()
+    (folder / LOCK).unlink()
+    for file in folder.iterdir():
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+    check_free(destination)
+    folder.rename(destination)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    scratch = path.with_name(f"{path.name}.new")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.rename(path)

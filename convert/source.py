@@ -35,6 +35,8 @@ COMPANIONS = (
     "USE_POLICY*",
 )
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# More than any real configuration, index or tokenizer has; json needs some ten times as much memory.
+MAX_JSON_BYTES = 200 * 10**6
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -46,6 +48,11 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
 
 @dataclass(frozen=True)
 class DenseCheckpoint:
@@ -55,11 +62,22 @@ class DenseCheckpoint:
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
 
+    @property
+    def files(self) -> list[Path]:
+        """The weight files."""
+        return sorted({info.file for info in self.tensors.values()})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
     def load(self, name: str) -> torch.Tensor:
         """Read one tensor. Raises `ConversionError` where it holds NaN or infinity."""
         with _opened(self.tensors[name].file) as file:
             tensor = file.get_tensor(name)
-        if not torch.isfinite(tensor).all():
+        # NaN and infinity show in the extremes, which are found forty times as fast as by looking at every value.
+        if tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise ConversionError(
                 f"{self.tensors[name].file}: tensor {name} holds {bad} values that are NaN or infinite; finite weights "
@@ -67,10 +85,17 @@ class DenseCheckpoint:
             )
         return tensor
 
+    def load_rows(self, name: str, rows: list[int]) -> torch.Tensor:
+        """Read some rows of a tensor."""
+        with _opened(self.tensors[name].file) as file:
+            part = file.get_slice(name)
+            return torch.cat([part[row : row + 1] for row in rows])
+
     def companions(self) -> Iterator[Path]:
         """Tokenizer, generation config, chat template and licence files."""
         for pattern in COMPANIONS:
-            yield from sorted(path for path in self.folder.glob(pattern) if path.is_file())
+            found = sorted(path for path in self.folder.glob(pattern) if path.is_file())
+            yield from (_inside(self.folder, path) for path in found)
 
 
 def open_checkpoint(source: str | Path, revision: str | None = None) -> DenseCheckpoint:
@@ -80,7 +105,7 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> DenseChe
         ConversionError: there is no such folder or repository, or it holds no complete safetensors checkpoint.
     """
     folder = _local_folder(source, revision)
-    config = read_json(folder / "config.json", "the model's configuration")
+    config = read_json(_inside(folder, folder / "config.json"), "the model's configuration")
     tensors: dict[str, TensorInfo] = {}
     for path, listed in _weight_files(folder).items():
         with _opened(path) as file:
@@ -129,12 +154,12 @@ def _local_folder(source: str | Path, revision: str | None) -> Path:
 def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
     """The weight files, each with the tensor names that an index lists for it (None where there is no index)."""
     if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX, "the list of shards").get("weight_map")
+        weight_map = read_json(_inside(folder, folder / INDEX), "the list of shards").get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ConversionError(f"{folder / INDEX} has no weight_map; get the checkpoint again.")
         files: dict[Path, set[str] | None] = {}
         for name, shard in weight_map.items():
-            if not isinstance(shard, str) or Path(shard).name != shard:
+            if not isinstance(shard, str) or Path(shard).name != shard or "\0" in shard:
                 raise ConversionError(f"{folder / INDEX} names the shard {shard!r}, which is not a plain file name.")
             files.setdefault(folder / shard, set()).add(name)
         missing = sorted(path.name for path in files if not path.is_file())
@@ -143,9 +168,9 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
                 f"{folder / INDEX} names shards that are not there: {', '.join(missing)}. "
                 "Download the checkpoint completely."
             )
-        return files
+        return {_inside(folder, path): listed for path, listed in files.items()}
     if (folder / WEIGHTS).is_file():
-        return {folder / WEIGHTS: None}
+        return {_inside(folder, folder / WEIGHTS): None}
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles:
         raise ConversionError(
@@ -156,11 +181,25 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
     raise ConversionError(f"{folder} has neither {WEIGHTS} nor {INDEX}; a safetensors checkpoint is wanted.")
 
 
+def _inside(folder: Path, path: Path) -> Path:
+    """`path`, unless it is a link out of the folder: what a checkpoint does not hold is not read.
+
+    A snapshot in the Hub's cache links to the files of its repository, in the folder `blobs` beside it.
+    """
+    home = folder.resolve()
+    allowed = [home] + ([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])
+    if not any(path.resolve().is_relative_to(place) for place in allowed):
+        raise ConversionError(f"{path} is a link out of its folder, to {path.resolve()}. Put the file itself there.")
+    return path
+
+
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """Read a JSON object. Raises `ConversionError` where the file is missing or holds anything else."""
     try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ConversionError(f"{path} has {path.stat().st_size / 1e6:.0f} MB; {what} is wanted, which is small.")
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ConversionError(f"{path} is missing: {what} is wanted beside the weights.") from None
     except (ValueError, RecursionError) as error:
         raise ConversionError(f"{path} is not valid JSON ({error}); {what} is wanted.") from None

@@ -13,8 +13,8 @@ import sys
 import pytest
 import torch
 from conftest import make_dense
-from finedeep.convert import ConversionError, convert_checkpoint
-from finedeep.convert.neurons import PADDING, contiguous
+from finedeep.convert import convert_checkpoint
+from finedeep.convert.neurons import PADDING, deal
 from hub_server import running_hub
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -77,9 +77,8 @@ def test_sharded_input_gives_the_same_bytes(tmp_path, dense):
     assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "many/model.safetensors").read_bytes()
 
 
-def test_output_is_sharded_with_an_index(tmp_path, dense, monkeypatch):
-    monkeypatch.setattr("finedeep.convert.checkpoint.MAX_SHARD_BYTES", 20_000)
-    convert_checkpoint(dense, tmp_path / "out", num_expert_sublayers=1, progress=False)
+def test_output_is_sharded_with_an_index(tmp_path, dense):
+    convert_checkpoint(dense, tmp_path / "out", num_expert_sublayers=1, max_shard_size="20KB", progress=False)
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 3
@@ -89,7 +88,7 @@ def test_output_is_sharded_with_an_index(tmp_path, dense, monkeypatch):
 
 def test_every_neuron_is_used_once():
     for width, M, K in itertools.product((1, 16, 44, 172), (1, 2, 4), (1, 3, 8)):
-        neurons = contiguous(width, M, K)
+        neurons = deal(torch.arange(width), M, K)
         assert neurons.shape[:2] == (M, K)
         assert sorted(neurons[neurons != PADDING].tolist()) == list(range(width))
         assert neurons.shape[2] == -(-width // (M * K))
@@ -248,7 +247,7 @@ BAD = {
     "no config": (lambda folder: (folder / "config.json").unlink(), ["config.json", "missing"]),
     "config is not JSON": (overwrite("config.json", b"{"), ["config.json", "not valid JSON"]),
     "config is a list": (overwrite("config.json", b"[]"), ["config.json", "list"]),
-    "another architecture": (edit_config(model_type="gemma2"), ["'gemma2'", "'llama'"]),
+    "another architecture": (edit_config(model_type="gemma2"), ["'gemma2'", "llama", "norms multiply by 1 + weight"]),
     "quantised": (edit_config(quantization_config={"quant_method": "awq"}), ["quantization_config"]),
     "heads do not fit": (edit_config(num_attention_heads=5, head_dim=None), ["config.json"]),
     "hidden size is text": (edit_config(hidden_size="wide"), ["config.json"]),
@@ -333,11 +332,39 @@ def test_an_empty_destination_is_used(tmp_path, dense):
     assert_same_logits(dense, tmp_path / "out")
 
 
-def test_a_failure_while_writing_leaves_nothing(tmp_path, dense, monkeypatch):
-    def full(*arguments, **options):
-        raise OSError(28, "No space left on device")
+FILE_LIMIT = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+from finedeep_cli import main
+sys.exit(main(sys.argv[1:]))
+"""
 
-    monkeypatch.setattr("finedeep.convert.checkpoint.save_file", full)
-    with pytest.raises(ConversionError, match="No space left"):
-        convert_checkpoint(dense, tmp_path / "out", progress=False)
-    assert list(tmp_path.iterdir()) == []
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_write_that_fails_leaves_nothing(tmp_path, resume):
+    """The process may write no file of more than 100 KB: the second shard cannot be written."""
+    dense = make_dense(tmp_path / "dense", hidden_size=64, intermediate_size=400, vocab_size=300)
+    (tmp_path / "place").mkdir()
+    command = ["convert", str(dense), str(tmp_path / "place/out"), "--quiet", "--max-shard-size", "80KB"]
+    command += ["--resume"] * resume
+    done = subprocess.run([sys.executable, "-c", FILE_LIMIT, *command], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(r"finedeep: error: [^\n]+File too large[^\n]+\n", done.stderr)
+    assert ("--resume goes on" in done.stderr) == resume
+    left = [path.name for path in (tmp_path / "place").iterdir()]
+    assert left == ([".out.unfinished"] if resume else [])
+    convert_checkpoint(dense, tmp_path / "place/out", max_shard_size="80KB", resume=resume, progress=False)
+    assert [path.name for path in (tmp_path / "place").iterdir()] == ["out"]
+
+
+def test_a_full_disk_is_known_of_before_anything_is_written(tmp_path, capsys):
+    """On a real file system of one megabyte, where the user of the tests may make one."""
+    dense = make_dense(tmp_path / "dense", hidden_size=64, intermediate_size=4000)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("a file system of its own size can only be made by root")
+    try:
+        assert_refused(capsys, dense, disk / "out", ["needs", "MB of disk", "are free", "Make room"])
+    finally:
+        subprocess.run(["umount", disk], check=True)

@@ -1,0 +1,195 @@
+"""Turn a Finedeep model that is a dense model in disguise back into the dense model."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from tqdm import tqdm
+
+from ..configuration_finedeep import NEUTRAL_SCALE, FinedeepConfig
+from .destination import check_free, check_room, whole_folder
+from .errors import ConversionError
+from .families import FAMILIES
+from .mapping import SUBLAYER, Piece, dense_shapes, family_config, pieces, some
+from .neurons import FORMULAS, PADDING, Layer, assign
+from .plan import NOT_INHERITED, ROPE_FIELDS
+from .receipt import NEURONS, RECEIPT, read_receipt
+from .shards import Entry, ShardWriter, parse_size, plan_shards, write_index
+from .source import DenseCheckpoint, open_checkpoint
+
+# What a Llama's configuration cannot say, and the value that it would have to have.
+BEYOND_LLAMA: dict[str, Any] = {
+    "qk_norm": False,
+    "sliding_window": None,
+    "no_rope_layers": None,
+    "attention_multiplier": None,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
+}
+MODULES = {dense: ours for ours, (dense, _, _) in SUBLAYER.items() if ours != "router"}
+
+
+def export_checkpoint(
+    source: str | Path, destination: str | Path, *, max_shard_size: str = "5GB", progress: bool = True
+) -> Path:
+    """Write the dense model that a Finedeep model with M = 1 and constant gates is.
+
+    With the receipt of its conversion in the folder, neurons go back to where they were, padding is taken off, and the
+    configuration is the dense one: the tensors equal the ones that were converted. Without it, a Llama is written,
+    of the same function, with neurons in the order of the experts.
+
+    Args:
+        source: the Finedeep folder.
+        destination: the folder to make. It must not exist, or be empty.
+        max_shard_size: largest weight file.
+        progress: whether to show a progress bar on stderr.
+
+    Raises:
+        ConversionError: the model is no dense model: M >= 2, routers that are not zero, gates other than 1, a norm on
+            the sub-layers' output, or, without a receipt, attention that Llama does not have.
+    """
+    destination = Path(destination)
+    check_free(destination)
+    held = open_checkpoint(source)
+    config = _finedeep_config(held)
+    receipt = read_receipt(held.folder) if (held.folder / RECEIPT).is_file() else None
+    family_name, fields, neurons = _dense_form(held, config, receipt)
+    dense_config = family_config(family_name, fields)
+    _check_routers(held)
+    shapes = dense_shapes(dense_config)
+    where = pieces(FAMILIES[family_name], dense_config, shapes)
+    parts: dict[str, list[tuple[str, Piece]]] = {}
+    for name, piece in where.items():
+        parts.setdefault(piece.stored, []).append((name, piece))
+    dtype_of = {stored: held.tensors[_ours(names[0][0])].dtype for stored, names in parts.items()}
+    shards = plan_shards([Entry(name, shapes[name], dtype_of[name]) for name in shapes], parse_size(max_shard_size))
+    nbytes = sum(shard.nbytes for shard in shards)
+    check_room(destination, nbytes)
+    plan = {"source": str(held.folder.resolve()), "shards": [[shard.file_name, shard.nbytes] for shard in shards]}
+    bar = tqdm(total=nbytes, desc="Exporting", unit="B", unit_scale=True, disable=None if progress else True)
+    with whole_folder(destination, plan) as folder, bar:
+        for shard in shards:
+            with ShardWriter(folder, shard) as writer:
+                for entry in shard.entries:
+                    rows = [_dense_tensor(held, name, neurons) for name, _ in sorted(parts[entry.name], key=_start)]
+                    writer.write(entry.name, torch.cat(rows) if len(rows) > 1 else rows[0])
+                    bar.update(entry.nbytes)
+        write_index(folder, shards)
+        content = {"architectures": [_architecture(family_name)], "model_type": family_name, **fields}
+        (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for file in held.companions():
+            shutil.copyfile(file, folder / file.name)
+    return destination
+
+
+def _start(part: tuple[str, Piece]) -> int:
+    return part[1].start
+
+
+def _architecture(family_name: str) -> str:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family_name]
+
+
+def _finedeep_config(held: DenseCheckpoint) -> FinedeepConfig:
+    path = held.folder / "config.json"
+    if held.config.get("model_type") != FinedeepConfig.model_type:
+        raise ConversionError(f"{path} has model_type {held.config.get('model_type')!r}; 'finedeep' is wanted.")
+    try:
+        config = FinedeepConfig(**{k: v for k, v in held.config.items() if k not in ("model_type", "auto_map")})
+    except Exception as error:
+        message = " ".join(str(error).split())
+        raise ConversionError(f"{path} is not a Finedeep configuration that works: {message}") from error
+    neutral = NEUTRAL_SCALE[config.routing_function](config.num_experts_per_sublayer)
+    wanted = {"num_expert_sublayers": 1, "sublayer_output_norm": False, "routed_scaling_factor": neutral}
+    for field, value in wanted.items():
+        if getattr(config, field) != value:
+            raise ConversionError(
+                f"{path} has {field}={getattr(config, field)!r}; only with {value!r} is the model a dense one, and "
+                "nothing else can be exported."
+            )
+    return config
+
+
+def _check_routers(held: DenseCheckpoint) -> None:
+    moved = [name for name in held.tensors if name.endswith(".router") and held.load(name).any()]
+    if moved:
+        raise ConversionError(
+            f"{held.folder} has routers that are not zero ({some(moved)}): its gates depend on the token, and no dense "
+            "FFN is that function."
+        )
+
+
+def _dense_form(
+    held: DenseCheckpoint, config: FinedeepConfig, receipt: Mapping[str, Any] | None
+) -> tuple[str, dict[str, Any], list[torch.Tensor] | None]:
+    """The family, its configuration's fields, and for each layer the dense neuron of each of the model's (or None)."""
+    if receipt is not None:
+        try:
+            options, fields = receipt["options"], dict(receipt["source"]["config"])
+            family_name = receipt["source"]["model_type"]
+            orders = _orders(held, config, options, fields["intermediate_size"])
+            known = family_name in FAMILIES
+        except (KeyError, TypeError) as error:
+            raise ConversionError(f"{held.folder / RECEIPT} lacks {error}; remove it to export without it.") from error
+        if not known:
+            raise ConversionError(f"{held.folder / RECEIPT} names the family {family_name!r}, which is not known.")
+        fields = {k: v for k, v in fields.items() if k not in ("architectures", "model_type")}
+        dtype = held.tensors["model.embed_tokens.weight"].dtype
+        key = "torch_dtype" if "torch_dtype" in fields else "dtype"
+        return family_name, {**fields, key: str(dtype).removeprefix("torch.")}, orders
+    for field, value in BEYOND_LLAMA.items():
+        if getattr(config, field) != value:
+            raise ConversionError(
+                f"{held.folder} has {field}={getattr(config, field)!r}, which a Llama does not have, and no {RECEIPT} "
+                "that says which family it is of."
+            )
+    if config.attention_output_bias != config.attention_bias:
+        raise ConversionError(f"{held.folder} has biases on queries, keys and values only, and no {RECEIPT}.")
+    llama = family_config("llama", {})
+    known = (set(llama.to_dict()) | ROPE_FIELDS) - NOT_INHERITED | {"intermediate_size", "dtype"}
+    return "llama", {key: value for key, value in config.to_dict().items() if key in known}, None
+
+
+def _orders(
+    held: DenseCheckpoint, config: FinedeepConfig, options: Mapping[str, Any], width: int
+) -> list[torch.Tensor]:
+    layers, K = config.num_hidden_layers, options["num_experts_per_sublayer"]
+    name = options["assignment"]
+    if name in FORMULAS:
+        seeds = [torch.Generator().manual_seed(options["seed"] * 1_000_003 + i) for i in range(layers)]
+        made = [assign(name, Layer(i, width, 1, K, seeds[i], None, None)) for i in range(layers)]
+    else:
+        path = held.folder / NEURONS
+        if not path.is_file():
+            raise ConversionError(f"{path} is missing, which says where neurons were; remove {RECEIPT} to do without.")
+        with safe_open(path, framework="pt") as file:
+            made = [file.get_tensor(f"layers.{i}").long() for i in range(layers)]
+    return [neurons.flatten() for neurons in made]
+
+
+def _ours(name: str) -> str:
+    """The Finedeep tensor that holds a dense tensor."""
+    for dense, ours in MODULES.items():
+        if name.endswith(f".{dense}"):
+            return f"{name.removesuffix(dense)}sublayers.0.{ours}"
+    return name
+
+
+def _dense_tensor(held: DenseCheckpoint, name: str, neurons: list[torch.Tensor] | None) -> torch.Tensor:
+    ours = _ours(name)
+    tensor = held.load(ours)
+    kind = ours.rpartition("sublayers.0.")[2]
+    if ours.endswith("expert_bias"):
+        return tensor.sum(0)
+    if neurons is None or ours == name or SUBLAYER[kind][1] != "neurons":
+        return tensor
+    order = neurons[int(name.split(".")[2])]
+    real = (order != PADDING).nonzero().flatten()
+    return tensor.index_select(SUBLAYER[kind][2], real[order[real].argsort()])

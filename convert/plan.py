@@ -1,0 +1,278 @@
+"""What a conversion will do: decided from headers and configurations, before any weight is read or anything written."""
+
+import dataclasses
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from ..configuration_finedeep import FinedeepConfig
+from .errors import ConversionError
+from .families import FAMILIES, why_not
+from .mapping import RECOMPUTED, Target, dense_shapes, family_config, pieces, some, targets
+from .neurons import ASSIGNMENTS
+from .shards import Entry, Shard, parse_size, plan_shards, size
+from .source import DenseCheckpoint
+
+MODES = {
+    "split": "the dense neurons are shared by all sub-layers: the same size",
+    "grow": "sub-layer 1 has the dense neurons, new ones start with a zero W_down: exact for any M, and larger",
+}
+CAST = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Fields of a dense config that belong to the folder it came from or to its classes, not to the model.
+NOT_INHERITED = {
+    "model_type",
+    "architectures",
+    "auto_map",
+    "transformers_version",
+    "_name_or_path",
+    "intermediate_size",
+    "num_labels",
+    "id2label",
+    "label2id",
+    "dtype",
+    "torch_dtype",
+}
+ROPE_FIELDS = {"rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for. The fields of the receipt's `options`, with which the same bytes can be made again."""
+
+    num_expert_sublayers: int = 2
+    num_experts_per_sublayer: int = 8
+    routing_input: str = "expert_output"
+    routing_function: str = "sigmoid"
+    mode: str = "split"
+    assignment: str = "contiguous"
+    text: str | None = None
+    seed: int = 0
+    dtype: str = "keep"
+    max_shard_size: str = "5GB"
+
+    def check(self) -> None:
+        """Raise `ConversionError` for an option that cannot be met."""
+        known = {"mode": MODES, "assignment": ASSIGNMENTS, "dtype": CAST}
+        for field, values in known.items():
+            if getattr(self, field) not in values:
+                raise ConversionError(
+                    f"{field}={getattr(self, field)!r} is not known; known are: {', '.join(map(repr, values))}."
+                )
+        if self.assignment == "activity" and self.text is None:
+            raise ConversionError("assignment 'activity' measures on a text; name one (--assignment-text, or text=).")
+        parse_size(self.max_shard_size)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion that can be carried out."""
+
+    dense: DenseCheckpoint
+    dense_config: PretrainedConfig
+    config: FinedeepConfig
+    options: Options
+    targets: list[Target]
+    shards: list[Shard]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors to write."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def dense_parameters(self) -> int:
+        """Parameters before, tied ones once."""
+        return sum(torch.Size(shape).numel() for shape in dense_shapes(self.dense_config).values())
+
+    @property
+    def finedeep_parameters(self) -> int:
+        """Parameters after, tied ones once."""
+        return sum(entry.numel for shard in self.shards for entry in shard.entries)
+
+    @property
+    def padded_neurons(self) -> int:
+        """Zero neurons in each decoder layer that fill the experts up."""
+        width = self.config.intermediate_size
+        if self.options.mode == "grow":
+            width //= self.options.num_expert_sublayers
+        return width - self.dense_config.intermediate_size
+
+    @property
+    def exact(self) -> bool:
+        """Whether the logits will equal the dense model's."""
+        return self.options.num_expert_sublayers == 1 or self.options.mode == "grow"
+
+    @property
+    def memory(self) -> int:
+        """Bytes of weights in memory at a time, roughly: a tensor as it is read and as it is written."""
+        return max(info.nbytes for info in self.dense.tensors.values()) + max(
+            entry.nbytes for shard in self.shards for entry in shard.entries
+        )
+
+    def text(self) -> str:
+        """The plan for a person to read: every mapping, layers that are alike in one line."""
+        o, c = self.options, self.config
+        padding = f", {self.padded_neurons} of them zero padding" if self.padded_neurons else ""
+        growth = self.finedeep_parameters / self.dense_parameters - 1
+        lines = [
+            f"{self.dense.folder}: {self.dense_config.model_type}, {c.num_hidden_layers} layers, hidden size "
+            f"{c.hidden_size}, FFN width {self.dense_config.intermediate_size}",
+            f"M={o.num_expert_sublayers} sub-layers of K={o.num_experts_per_sublayer} experts of "
+            f"{c.expert_intermediate_size} neurons: FFN width {c.intermediate_size}{padding}",
+            f"mode {o.mode}: {MODES[o.mode]}; assignment {o.assignment}, seed {o.seed}, dtype {o.dtype}",
+            "",
+            *self._mapping_lines(),
+            "",
+            f"parameters  {self.dense_parameters:,} -> {self.finedeep_parameters:,} ({growth:+.2%})",
+            f"disk        {size(self.nbytes)} in {len(self.shards)} file{'s' * (len(self.shards) > 1)}",
+            f"memory      {size(self.memory)} of weights at a time",
+            f"logits      {'equal to the dense model' if self.exact else 'not equal to the dense model: M >= 2'}",
+        ]
+        return "\n".join(lines)
+
+    def _mapping_lines(self) -> list[str]:
+        layers: dict[tuple[str, str], list[int]] = defaultdict(list)
+        dtypes = {entry.name: entry.dtype for shard in self.shards for entry in shard.entries}
+        for target in self.targets:
+            source = "" if target.part in ("zeros", "random") else f" <- {target.piece.stored}"
+            shape = "x".join(map(str, target.shape))
+            part = target.part if target.part != "neurons" else f"neurons along dimension {target.dim}"
+            if target.piece.start or (source and target.part == "whole" and target.shape[0] != target.piece.rows):
+                part += f", rows from {target.piece.start}"
+            line = f"{target.name} [{shape} {str(dtypes[target.name]).removeprefix('torch.')}]{source} ({part})"
+            layers[re.sub(r"\.layers\.\d+\.", ".layers.*.", line), ""].append(target.layer)
+        return [
+            line.replace(".layers.*.", f".layers.{{{min(found)}..{max(found)}}}.") if len(found) > 1 else line
+            for (line, _), found in layers.items()
+        ]
+
+
+def make_plan(dense: DenseCheckpoint, options: Options) -> Plan:
+    """Decide everything.
+
+    Raises:
+        ConversionError: the checkpoint cannot be converted, or not as asked.
+    """
+    options.check()
+    family_name, dense_config = _read_config(dense)
+    family = FAMILIES[family_name]
+    shapes = dense_shapes(dense_config)
+    _check_tensors(dense, dense_config, shapes)
+    sublayers = options.num_expert_sublayers
+    try:
+        holding_neurons = (1 if options.mode == "grow" else sublayers) * options.num_experts_per_sublayer
+        per_expert = -(-dense_config.intermediate_size // holding_neurons)
+        config = FinedeepConfig(
+            **_inherited(dense_config.to_dict(), family),
+            architectures=["FinedeepForCausalLM"],
+            intermediate_size=per_expert * sublayers * options.num_experts_per_sublayer,
+            num_expert_sublayers=sublayers,
+            num_experts_per_sublayer=options.num_experts_per_sublayer,
+            routing_input=options.routing_input,
+            routing_function=options.routing_function,
+        )
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        raise ConversionError(str(error)) from error
+    found = targets(family, dense_config, config, options.mode)
+    entries = [
+        Entry(target.name, target.shape, CAST[options.dtype] or dense.tensors[target.piece.stored].dtype)
+        for target in found
+    ]
+    config.dtype = CAST[options.dtype] or dense.tensors["model.embed_tokens.weight"].dtype
+    return Plan(dense, dense_config, config, options, found, plan_shards(entries, parse_size(options.max_shard_size)))
+
+
+def _inherited(fields: Mapping[str, Any], family: Any) -> dict[str, Any]:
+    known = (set(FinedeepConfig().to_dict()) | ROPE_FIELDS) - NOT_INHERITED
+    found = {key: value for key, value in fields.items() if key in known}
+    found |= {ours: fields[theirs] for ours, theirs in family.renamed.items()}
+    return found | dict(family.always)
+
+
+def _read_config(dense: DenseCheckpoint) -> tuple[str, PretrainedConfig]:
+    path = dense.folder / "config.json"
+    model_type = dense.config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ConversionError(
+            f"{path} has model_type {model_type!r}, which cannot be converted: {why_not(dense.config)}. Families that "
+            f"can: {', '.join(FAMILIES)}."
+        )
+    if dense.config.get("quantization_config"):
+        raise ConversionError(f"{path} has a quantization_config; convert the unquantised checkpoint.")
+    layers = dense.config.get("num_hidden_layers")
+    if layers is not None and not (isinstance(layers, int) and 0 < layers <= len(dense.tensors)):
+        raise ConversionError(
+            f"{path} has num_hidden_layers {layers!r}; the checkpoint holds {len(dense.tensors)} tensors, and each "
+            "layer has several. Checkpoint and config do not belong together."
+        )
+    try:
+        config = family_config(
+            model_type, {k: v for k, v in dense.config.items() if k not in NOT_INHERITED - {"intermediate_size"}}
+        )
+        shapes = dense_shapes(config)
+        pieces(FAMILIES[model_type], config, shapes)
+    except ConversionError:
+        raise
+    except Exception as error:  # the file is a stranger's, and what a bad one raises differs by version
+        message = " ".join(str(error).split())[:500]
+        raise ConversionError(f"{path} is not a {model_type} configuration that works: {message}") from error
+    rope = getattr(config, "rope_parameters", None) or dense.config
+    if rope.get("partial_rotary_factor", 1.0) not in (1.0, None):
+        raise ConversionError(
+            f"{path} has partial_rotary_factor {rope['partial_rotary_factor']}; heads that RoPE rotates in part only "
+            "cannot be converted."
+        )
+    return model_type, config
+
+
+def _check_tensors(dense: DenseCheckpoint, config: PretrainedConfig, wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Every tensor that the config asks for is there with its shape, and no other."""
+    missing = [name for name in wanted if name not in dense.tensors]
+    if missing:
+        raise ConversionError(f"{dense.folder} lacks {some(missing)}, which its config.json asks for.")
+    for name, shape in wanted.items():
+        if dense.tensors[name].shape != shape:
+            raise ConversionError(
+                f"{dense.tensors[name].file}: tensor {name} has shape {list(dense.tensors[name].shape)}; "
+                f"its config.json asks for {list(shape)}. Checkpoint and config do not belong together."
+            )
+    unknown = sorted(name for name in dense.tensors if name not in wanted and not name.endswith(RECOMPUTED))
+    if unknown == ["lm_head.weight"] and config.tie_word_embeddings:
+        if torch.equal(dense.load("lm_head.weight"), dense.load("model.embed_tokens.weight")):
+            return
+        raise ConversionError(
+            f"{dense.folder} ties lm_head.weight to the embeddings (tie_word_embeddings is true), but holds another "
+            "lm_head.weight. Set tie_word_embeddings to false in its config.json if that weight is the right one."
+        )
+    if unknown:
+        raise ConversionError(
+            f"{dense.folder} holds {some(unknown)}, which a {config.model_type} model with its config.json does not "
+            "have. If they are biases, attention_bias or mlp_bias is missing from the config."
+        )
+
+
+def options_from(fields: Mapping[str, Any]) -> Options:
+    """Options from a receipt. Raises `ConversionError` for a field that there is not."""
+    known = {field.name for field in dataclasses.fields(Options)}
+    if set(fields) - known:
+        raise ConversionError(f"options {some(set(fields) - known)} are not known; known are: {', '.join(known)}.")
+    return Options(**fields)
+
+
+def same_plan(plan: Plan) -> dict[str, Any]:
+    """What has to be the same for a stopped run to be gone on with, as JSON."""
+    sources = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in plan.dense.files}
+    layout = [[shard.file_name, shard.nbytes, len(shard.entries)] for shard in plan.shards]
+    return {
+        "source": str(Path(plan.dense.folder).resolve()),
+        "source files": sources,
+        "options": dataclasses.asdict(plan.options),
+        "config": plan.config.to_json_string(),
+        "shards": layout,
+    }

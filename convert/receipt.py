@@ -1,0 +1,77 @@
+"""The receipt: what a converted folder was made of, how, and how near it came, with no time or place in it.
+
+The same source, options and versions give the same receipt and the same weights, to the byte.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .plan import Plan
+from .source import read_json
+
+RECEIPT = "finedeep_conversion.json"
+NEURONS = "finedeep_neurons.safetensors"
+PACKAGES = ("finedeep", "transformers", "torch", "safetensors")
+
+
+def write_receipt(
+    folder: Path, plan: Plan, source: str, revision: str | None, hashes: dict[str, str], differences: Sequence[float]
+) -> None:
+    """Write `finedeep_conversion.json`.
+
+    Args:
+        folder: where the converted model is.
+        plan: what was done.
+        source: the Hub id, or the source folder's name.
+        revision: the commit of a Hub source.
+        hashes: SHA-256 of each source file.
+        differences: for each layer, ||cut - dense|| / ||dense|| of the FFN's output on the probe batch.
+    """
+    receipt = {
+        "source": {
+            "id": source,
+            "revision": revision,
+            "model_type": plan.dense_config.model_type,
+            "sha256": hashes,
+            "config": {key: value for key, value in plan.dense.config.items() if key != "auto_map"},
+        },
+        "options": dataclasses.asdict(plan.options),
+        "exact": plan.exact,
+        "padded_neurons": plan.padded_neurons,
+        "parameters": {"dense": plan.dense_parameters, "finedeep": plan.finedeep_parameters},
+        "relative_ffn_difference": [float(f"{difference:.2e}") for difference in differences],
+        "versions": {package: version(package) for package in PACKAGES},
+    }
+    text = json.dumps(receipt, indent=2, ensure_ascii=False)
+    (folder / RECEIPT).write_text(text + "\n", encoding="utf-8")
+
+
+def read_receipt(path: Path) -> dict[str, Any]:
+    """A receipt's content; `path` is the file or its folder. Raises `ConversionError` where there is none."""
+    path = path / RECEIPT if path.is_dir() else path
+    return read_json(path, "a conversion's receipt")
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+
+
+def _sha256(file: Any) -> str:
+    digest = hashlib.sha256()  # Python 3.10 has no file_digest
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def neuron_table(neurons: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The assignment as tensors, (M, K, e) for each layer, so that `finedeep export` can put neurons back."""
+    return {f"layers.{i}": layer.to(torch.int32) for i, layer in enumerate(neurons)}
