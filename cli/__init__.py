@@ -11,6 +11,7 @@ from collections.abc import Sequence
 SUBCOMMANDS = {
     "convert": "cut a dense checkpoint into a Finedeep checkpoint",
     "export": "turn a Finedeep checkpoint that is a dense model back into one",
+    "push": "publish a Finedeep checkpoint on the Hub, with a model card, and check that it arrived",
     "eval": "score a model with lm-evaluation-harness, a dense baseline beside it",
     "demo": "train, convert and score a small model here, with no download",
 }

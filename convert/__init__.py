@@ -4,6 +4,7 @@ from .checkpoint import Conversion, convert_checkpoint, plan_conversion
 from .errors import ConversionError
 from .export import export_checkpoint
 from .neurons import register_assignment
+from .publish import push_folder
 
 __all__ = [
     "Conversion",
@@ -11,5 +12,6 @@ __all__ = [
     "convert_checkpoint",
     "export_checkpoint",
     "plan_conversion",
+    "push_folder",
     "register_assignment",
 ]

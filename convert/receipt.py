@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .card import licence_of
 from .plan import Plan
 from .source import read_json
 
@@ -39,6 +40,7 @@ def write_receipt(
             "id": source,
             "revision": revision,
             "model_type": plan.dense_config.model_type,
+            "license": licence_of(plan.dense.folder),
             "sha256": hashes,
             "config": {key: value for key, value in plan.dense.config.items() if key != "auto_map"},
         },

@@ -140,7 +140,7 @@ def _local_folder(source: str | Path, revision: str | None) -> Path:
             snapshot_download(
                 str(source),
                 revision=revision,
-                allow_patterns=["config.json", "*.safetensors", INDEX, *COMPANIONS],
+                allow_patterns=["config.json", "README.md", "*.safetensors", INDEX, *COMPANIONS],
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

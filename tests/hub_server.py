@@ -21,8 +21,12 @@ class Hub(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories = {}  # "org/name" -> [{path: bytes}, ...], one per commit
+        self.branches = {}  # (repository, branch) -> number of its newest commit
+        self.private = {}  # repository -> as it was asked for
         self.blobs = {}  # sha256 of an LFS file -> bytes
         self.requests = []
+        self.quota = None  # bytes of LFS files that there is room for
+        self.cuts = 0  # uploads that are still to be broken off in the middle
 
     @property
     def url(self):
@@ -65,6 +69,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def route(self):
         path = unquote(urlsplit(self.path).path)
+        if self.command == "PUT" and self.server.cuts:
+            self.server.cuts -= 1
+            self.rfile.read(int(self.headers["Content-Length"]) // 2)
+            self.connection.close()
+            self.close_connection = True
+            return None
         content = self.body()  # read in any case, so that the connection stays usable
         self.server.requests.append((self.command, path))
         for method, pattern, handle in ROUTES:
@@ -83,8 +93,12 @@ class Handler(BaseHTTPRequestHandler):
             self.refuse(404, "RepoNotFound", f"repository {repo} not found")
             return None
         ids = [commit_id(number) for number in range(len(commits))]
+        revision = unquote(revision)
+        if (repo, revision) in self.server.branches:
+            revision = ids[self.server.branches[repo, revision]]
         if revision == "main":
-            return commits[-1], ids[-1]
+            newest = self.server.branches.get((repo, "main"), 0)
+            return commits[newest], ids[newest]
         if revision in ids:
             return commits[ids.index(revision)], revision
         self.refuse(404, "RevisionNotFound", f"revision {revision} not found")
@@ -97,7 +111,14 @@ def create(self, content):
     if repo in self.server.repositories:
         return self.answer({"url": f"{self.server.url}/{repo}", "error": "exists"}, 409)
     self.server.repositories[repo] = [{}]
+    self.server.private[repo] = wanted.get("private") or wanted.get("visibility") == "private"
     return self.answer({"url": f"{self.server.url}/{repo}", "name": repo})
+
+
+def validate_yaml(self, content):
+    metadata = json.loads(content)["content"].split("---")[1]
+    errors = [] if "license_name" not in metadata or "license:" in metadata else [{"message": "license is missing"}]
+    return self.answer({"errors": errors, "warnings": []})
 
 
 def preupload(self, content, repo, revision):
@@ -114,13 +135,17 @@ def preupload(self, content, repo, revision):
 
 
 def lfs_batch(self, content, repo):
+    wanted = json.loads(content)["objects"]
+    if self.server.quota is not None and sum(item["size"] for item in wanted) > self.server.quota:
+        return self.refuse(403, "Forbidden", "Storage quota exceeded.")
     objects = [
-        {
-            "oid": item["oid"],
-            "size": item["size"],
-            "actions": {"upload": {"href": f"{self.server.url}/lfs/{item['oid']}", "header": {}}},
-        }
-        for item in json.loads(content)["objects"]
+        {"oid": item["oid"], "size": item["size"]}
+        | (
+            {}  # it is here already
+            if item["oid"] in self.server.blobs
+            else {"actions": {"upload": {"href": f"{self.server.url}/lfs/{item['oid']}", "header": {}}}}
+        )
+        for item in wanted
     ]
     return self.answer({"transfer": "basic", "objects": objects}, Content_Type="application/vnd.git-lfs+json")
 
@@ -146,9 +171,22 @@ def commit(self, content, repo, revision):
             files[value["path"]] = self.server.blobs[value["oid"]]
         elif operation["key"] == "deletedFile":
             files.pop(value["path"], None)
+    number = len(self.server.repositories[repo])
     self.server.repositories[repo].append(files)
-    oid = commit_id(len(self.server.repositories[repo]) - 1)
-    return self.answer({"commitUrl": f"{self.server.url}/{repo}/commit/{oid}", "commitOid": oid, "success": True})
+    oid = commit_id(number)
+    made = {"commitUrl": f"{self.server.url}/{repo}/commit/{oid}", "commitOid": oid, "success": True}
+    if "create_pr=1" in urlsplit(self.path).query:
+        revision = "refs/pr/1"
+        made["pullRequestUrl"] = f"{self.server.url}/{repo}/discussions/1"
+    self.server.branches[repo, unquote(revision)] = number
+    return self.answer(made)
+
+
+def branch(self, content, repo, revision):
+    if (repo, revision) in self.server.branches:
+        return self.refuse(409, "Conflict", "Reference already exists")
+    self.server.branches[repo, revision] = len(self.server.repositories[repo]) - 1
+    return self.answer()
 
 
 def info(self, content, repo, revision="main"):
@@ -188,12 +226,14 @@ def resolve(self, content, repo, revision, path):
 
 
 REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
-REVISION = r"(?P<revision>[^/]+)"
+REVISION = r"(?P<revision>refs/pr/[0-9]+|[^/]+)"
 ROUTES = [
     (("POST",), r"/api/repos/create", create),
+    (("POST",), r"/api/validate-yaml", validate_yaml),
     (("POST",), rf"/api/models/{REPO}/preupload/{REVISION}", preupload),
     (("POST",), rf"/{REPO}\.git/info/lfs/objects/batch", lfs_batch),
     (("PUT",), r"/lfs/(?P<oid>[0-9a-f]{64})", lfs_put),
+    (("POST",), rf"/api/models/{REPO}/branch/{REVISION}", branch),
     (("POST",), rf"/api/models/{REPO}/commit/{REVISION}", commit),
     (("GET", "HEAD"), rf"/api/models/{REPO}", info),
     (("GET", "HEAD"), rf"/api/models/{REPO}/revision/{REVISION}", info),

@@ -1,0 +1,117 @@
+"""The model card of a converted model, made from its receipt with huggingface_hub's own card classes."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .errors import ConversionError
+from .source import read_json
+
+PAPER = "2502.12928"
+TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ title }}
+
+A [Finedeep](https://arxiv.org/abs/{{ paper }}) model: the FFN of each of its {{ layers }} decoder layers is cut into
+M = {{ M }} sub-layers of K = {{ K }} SwiGLU experts, {{ e }} neurons each, all of them active for every token, each
+weighted by a sigmoid of a score read from its own output.
+{% if origin %}
+Converted from {{ origin }}. {{ exactness }}
+{% endif %}
+The code travels with the weights; read it before you trust it. Pinning the revision pins both:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(
+    "{{ repo_id }}", revision="{{ revision }}", trust_remote_code=True
+)
+tokenizer = AutoTokenizer.from_pretrained("{{ repo_id }}", revision="{{ revision }}")
+```
+{% if parameters %}
+| | dense | Finedeep |
+| --- | ---: | ---: |
+| parameters | {{ parameters.dense }} | {{ parameters.finedeep }} |
+{% endif %}
+{% if receipt_file %}How it was made, to the byte, is in [`{{ receipt_file }}`]({{ receipt_file }}).{% endif %}
+"""
+LICENCE_FIELDS = ("license", "license_name", "license_link")
+
+
+def licence_of(folder: Path) -> dict[str, str]:
+    """What the card of a checkpoint says of its licence: some of license, license_name and license_link."""
+    try:
+        data = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
+    except Exception:  # no card, or one that is no card: a stranger's file
+        return {}
+    return {field: data[field] for field in LICENCE_FIELDS if isinstance(data.get(field), str)}
+
+
+def read_scores(path: Path) -> list[EvalResult]:
+    """The scores in lm-eval's results JSON, or in the newest such file below a folder.
+
+    Raises:
+        ConversionError: there is no such file, or it has no results.
+    """
+    if path.is_dir():
+        found = sorted(path.rglob("results_*.json"), key=lambda file: (file.stat().st_mtime_ns, file.name))
+        if not found:
+            raise ConversionError(f"{path} holds no results_*.json; the folder of `finedeep eval --output` is wanted.")
+        path = found[-1]
+    results = read_json(path, "lm-eval's results").get("results")
+    if not isinstance(results, dict):
+        raise ConversionError(f"{path} has no results; a file that lm-eval has written is wanted.")
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=task,
+            dataset_name=scores.get("alias", task).strip(" -"),
+            metric_type=key.partition(",")[0],
+            metric_value=value,
+        )
+        for task, scores in results.items()
+        for key, value in scores.items()
+        if "," in key and "_stderr" not in key and isinstance(value, (int, float))
+    ]
+
+
+def make_card(
+    repo_id: str, revision: str, config: Mapping[str, Any], receipt: Mapping[str, Any] | None, scores: list[EvalResult]
+) -> ModelCard:
+    """The card of the model at `revision` of `repo_id`; `config` is its config.json."""
+    source = (receipt or {}).get("source", {})
+    origin = source.get("id", "")
+    is_hub_id = origin.count("/") == 1 and source.get("revision")
+    data = ModelCardData(
+        base_model=origin if is_hub_id else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["finedeep", "custom_code", f"arxiv:{PAPER}"],
+        model_name=repo_id.rpartition("/")[2],
+        eval_results=scores or None,
+        **source.get("license", {}),
+    )
+    M, K = config["num_expert_sublayers"], config["num_experts_per_sublayer"]
+    exact = (receipt or {}).get("exact")
+    return ModelCard.from_template(
+        data,
+        template_str=TEMPLATE,
+        title=data.model_name,
+        paper=PAPER,
+        layers=config["num_hidden_layers"],
+        M=M,
+        K=K,
+        e=config["intermediate_size"] // (M * K),
+        origin=f"[{origin}](https://huggingface.co/{origin})" if is_hub_id else origin,
+        exactness="Its logits equal the dense model's, to rounding."
+        if exact
+        else "Its logits do not equal the dense model's: the loss is higher until it is trained on.",
+        repo_id=repo_id,
+        revision=revision,
+        parameters={k: f"{v:,}" for k, v in receipt["parameters"].items()} if receipt else None,
+        receipt_file="finedeep_conversion.json" if receipt else None,
+    )

@@ -1,0 +1,170 @@
+"""Publishing over real HTTP, with the real client, to a Hub on loopback."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import make_dense
+from finedeep.convert import ConversionError, convert_checkpoint
+from finedeep.convert.card import make_card, read_scores
+from hub_server import TOKEN, running_hub
+from isolated import run_isolated
+
+LOAD = """
+import transformers
+repo, revision = sys.argv[1:]
+model = transformers.AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True, revision=revision)
+answer = type(model).__name__
+"""
+
+
+@pytest.fixture(scope="module")
+def finedeep_folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("publish")
+    make_dense(place / "dense")
+    (place / "dense/README.md").write_text("---\nlicense: other\nlicense_name: kind\n---\nA card.\n")
+    convert_checkpoint(place / "dense", place / "out", max_shard_size="60KB", progress=False)
+    return place / "out"
+
+
+def push(folder, environment, *options):
+    """`finedeep push` in a process of its own, as huggingface_hub reads its settings when it is imported."""
+    command = [sys.executable, "-m", "finedeep_cli", "push", str(folder), "org/model", *options]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)
+
+
+def metadata(card):
+    return yaml.safe_load(card.decode().split("---")[1])
+
+
+def test_push_and_load_at_the_revision_that_the_card_names(tmp_path, finedeep_folder):
+    results = {"results": {"arc_easy": {"alias": "arc_easy", "acc,none": 0.5, "acc_stderr,none": 0.1}}}
+    (tmp_path / "results_1.json").write_text(json.dumps(results))
+    with running_hub() as (hub, environment):
+        done = push(finedeep_folder, environment, "--private", "--results", str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[0] == f"{hub.url}/org/model"
+        files = hub.repositories["org/model"][-1]
+        revision = re.search(r"revision ([0-9a-f]{40})", done.stdout).group(1)
+        card = files["README.md"].decode()
+        assert f'revision="{revision}"' in card
+        loaded = run_isolated(LOAD, "org/model", revision, HF_HOME=str(tmp_path / "cache"), **environment)
+        assert loaded == "FinedeepForCausalLM"
+    assert hub.private["org/model"]
+    assert {"finedeep_conversion.json", "modeling_finedeep.py", "tokenizer.json"} <= set(files)
+    assert not any(name.startswith(".") for name in files)
+    found = metadata(files["README.md"])
+    assert found["library_name"] == "transformers"
+    assert found["pipeline_tag"] == "text-generation"
+    assert (found["license"], found["license_name"]) == ("other", "kind")
+    assert "arxiv:2502.12928" in found["tags"]
+    result = found["model-index"][0]["results"][0]
+    assert (result["dataset"]["type"], result["metrics"][0]["type"], result["metrics"][0]["value"]) == (
+        "arc_easy", "acc", 0.5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [("--revision", "trial"), ("--create-pr",)], ids=str)
+def test_push_beside_main(finedeep_folder, options):
+    with running_hub() as (hub, environment):
+        hub.repositories["org/model"] = [{}]
+        done = push(finedeep_folder, environment, *options, "--quiet")
+        assert done.returncode == 0, done.stderr
+        branch = "trial" if "--revision" in options else "refs/pr/1"
+        there = hub.repositories["org/model"][hub.branches["org/model", branch]]
+    assert {"README.md", "config.json"} <= set(there)
+    assert ("org/model", "main") not in hub.branches
+    assert done.stderr == ""
+    assert done.stdout == (f"{hub.url}/org/model/discussions/1\n" if branch != "trial" else f"{hub.url}/org/model\n")
+
+
+def refused(done, *words):
+    assert done.returncode == 2, done.stderr
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("finedeep: error: ")]
+    for word in words:
+        assert word in error
+    assert "Traceback" not in done.stderr
+
+
+def test_a_refused_token(finedeep_folder):
+    with running_hub() as (_, environment):
+        refused(push(finedeep_folder, {**environment, "HF_TOKEN": "hf_wrong"}), "HTTP 401", "hf auth login")
+
+
+def test_a_full_account_then_room(finedeep_folder):
+    with running_hub() as (hub, environment):
+        hub.quota = 10_000
+        refused(push(finedeep_folder, environment), "HTTP 403", "Storage quota exceeded", "free some storage")
+        hub.quota = None
+        assert push(finedeep_folder, environment).returncode == 0
+
+
+@pytest.mark.slow  # the client tries a broken upload again five times, waiting longer each time
+def test_a_connection_cut_in_a_file_then_whole(finedeep_folder):
+    with running_hub() as (hub, environment):
+        hub.cuts = 1000
+        refused(push(finedeep_folder, environment), "connection to the Hub broke", "run the same command again")
+        assert "config.json" not in hub.repositories["org/model"][-1]
+        hub.cuts = 0
+        assert push(finedeep_folder, environment).returncode == 0
+        puts = [path for method, path in hub.requests if method == "PUT"]
+        assert len(puts) == len(set(puts))
+        assert push(finedeep_folder, environment).returncode == 0  # and once more: nothing is sent twice
+        assert [path for method, path in hub.requests if method == "PUT"] == puts
+
+
+def test_a_connection_cut_once_is_tried_again(finedeep_folder):
+    with running_hub() as (hub, environment):
+        hub.cuts = 1
+        assert push(finedeep_folder, environment).returncode == 0
+
+
+def damaged(folder, place):
+    folder = shutil.copytree(folder, place)
+    (folder / "modeling_finedeep.py").write_text("raise RuntimeError('broken')\n")
+    return folder
+
+
+def test_a_folder_that_does_not_load_is_not_pushed(tmp_path, finedeep_folder):
+    with running_hub() as (hub, environment):
+        refused(push(damaged(finedeep_folder, tmp_path / "out"), environment), "does not load on its own", "broken")
+        assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("config.json", ["config.json", "missing"]), ("modeling_finedeep.py", ["lacks its code"])]
+)
+def test_an_incomplete_folder_is_not_pushed(tmp_path, finedeep_folder, name, words):
+    folder = shutil.copytree(finedeep_folder, tmp_path / "out")
+    (folder / name).unlink()
+    refused(push(folder, {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": TOKEN}), *words)
+
+
+def test_a_dense_folder_is_not_pushed(finedeep_folder):
+    refused(push(finedeep_folder.parent / "dense", {}), "'llama' model")
+
+
+def test_the_card_names_a_hub_source_as_its_base_model():
+    config = {"num_expert_sublayers": 1, "num_experts_per_sublayer": 8, "intermediate_size": 64, "num_hidden_layers": 2}
+    receipt = {
+        "source": {"id": "org/dense", "revision": "0" * 40, "license": {"license": "mit"}},
+        "exact": True,
+        "parameters": {"dense": 1, "finedeep": 2},
+    }
+    card = make_card("me/model", "1" * 40, config, receipt, [])
+    assert card.data.base_model == "org/dense"
+    assert card.data.license == "mit"
+    assert "equal the dense model's" in card.text
+
+
+def test_scores_are_wanted_where_they_are_asked_for(tmp_path):
+    with pytest.raises(ConversionError, match="holds no results"):
+        read_scores(tmp_path)
+    (tmp_path / "results_1.json").write_text("{}")
+    with pytest.raises(ConversionError, match="has no results"):
+        read_scores(tmp_path)
