@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
         arguments.run(arguments)
-    except KeyboardInterrupt:
-        print("finedeep: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        print("; ".join(["finedeep: interrupted", *map(str, interruption.args)]), file=sys.stderr)
         return 130
     except ValueError as error:
         if type(error).__module__.split(".")[0] != "finedeep":

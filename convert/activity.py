@@ -1,5 +1,6 @@
 """How active each neuron of a dense model is on a text."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -33,8 +34,11 @@ def mean_activity(folder: Path, config: PretrainedConfig, text: Path, progress: 
     )
     totals = [torch.zeros(config.intermediate_size) for _ in range(config.num_hidden_layers)]
 
-    def watch(total: torch.Tensor) -> nn.Module:
-        return lambda module, inputs: total.add_(inputs[0].abs().flatten(0, -2).sum(0, dtype=torch.float32))
+    def watch(total: torch.Tensor) -> Callable[..., None]:
+        def add(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            total.add_(inputs[0].abs().flatten(0, -2).sum(0, dtype=torch.float32))
+
+        return add
 
     hooks = [
         layer.mlp.down_proj.register_forward_pre_hook(watch(total))

@@ -92,8 +92,9 @@ def whole_folder(destination: Path, plan: Mapping[str, Any], resume: bool = Fals
                 f"folder.{kept}"
             ) from error
         except KeyboardInterrupt:
-            if not resume and not any(folder.glob("*.safetensors")):
-                shutil.rmtree(folder, ignore_errors=True)
+            if any(folder.glob("*.safetensors")):
+                raise KeyboardInterrupt(f"what is finished is kept in {folder}; --resume goes on") from None
+            shutil.rmtree(folder, ignore_errors=True)
             raise
         except _KeptError:
             raise

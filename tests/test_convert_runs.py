@@ -1,0 +1,351 @@
+"""A conversion's course: plan, receipt, assignment, growth, precision, resumption, death at any moment."""
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import make_dense
+from finedeep.convert import ConversionError, convert_checkpoint, register_assignment
+from finedeep.convert.destination import unfinished_folder
+from finedeep.convert.neurons import ASSIGNMENTS, balanced_clusters
+from finedeep.convert.plan import Options
+from finedeep.convert.receipt import RECEIPT, sha256
+from finedeep_cli import convert_command, main
+from safetensors.torch import load_file
+from test_convert import assert_same_logits, fingerprint, load
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+SMALL_SHARDS = {"max_shard_size": "20KB", "progress": False}
+
+
+def convert(dense, out, **options):
+    return convert_checkpoint(dense, out, **{"progress": False, **options})
+
+
+# --- plan and receipt ------------------------------------------------------------------------------------------------
+
+
+def all_layers(name):
+    return re.sub(r"^model\.layers\.\d+", "model.layers.{0..1}", name)
+
+
+def test_the_plan_names_every_tensor_and_writes_nothing(tmp_path, capsys, dense):
+    before = fingerprint(tmp_path)
+    assert main(["convert", str(dense), str(tmp_path / "out"), "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert fingerprint(tmp_path) == before
+    convert(dense, tmp_path / "out")
+    for name, tensor in load_file(tmp_path / "out/model.safetensors").items():
+        pattern = all_layers(name)
+        shape = "x".join(map(str, tensor.shape))
+        assert f"\n{pattern} [{shape} float32]" in text
+    for source in load_file(dense / "model.safetensors"):
+        assert f"<- {all_layers(source)} (" in text
+    assert "4 of them zero padding" in text
+    parameters = sum(p.numel() for p in load(tmp_path / "out").parameters())
+    assert f"-> {parameters:,} (" in text
+
+
+def test_help_agrees_with_the_options():
+    """The command repeats what `Options` says, as --help must not import torch."""
+    parser = convert_command.argparse.ArgumentParser()
+    convert_command.add_arguments(parser)
+    given = vars(parser.parse_args(["source", "destination"]))
+    assert {name: given[name] for name in vars(Options())} == vars(Options())
+    assert set(convert_command.ASSIGNMENTS) <= set(ASSIGNMENTS)
+
+
+def test_the_receipt_makes_the_same_bytes_again(tmp_path, dense):
+    options = {"num_expert_sublayers": 2, "num_experts_per_sublayer": 3, "assignment": "random", "seed": 7}
+    convert(dense, tmp_path / "one", max_shard_size="30KB", **options)
+    receipt = json.loads((tmp_path / "one" / RECEIPT).read_text())
+    convert(dense, tmp_path / "two", **receipt["options"])
+    assert fingerprint(tmp_path / "one") == fingerprint(tmp_path / "two")
+    assert receipt["source"]["sha256"] == {"model.safetensors": sha256(dense / "model.safetensors")}
+    assert receipt["versions"]["torch"] == torch.__version__
+    assert len(receipt["relative_ffn_difference"]) == 2
+    convert(dense, tmp_path / "three", **{**receipt["options"], "seed": 8})
+    assert fingerprint(tmp_path / "one") != fingerprint(tmp_path / "three")
+
+
+@torch.no_grad()
+def test_the_differences_are_those_of_the_models(tmp_path, dense):
+    """Against the dense layer and the converted layer themselves, on the embeddings of the probe's tokens."""
+    from finedeep.convert.probe import probe_tokens
+
+    done = convert(dense, tmp_path / "out", num_expert_sublayers=2, num_experts_per_sublayer=4)
+    old, new = LlamaForCausalLM.from_pretrained(dense).model, load(tmp_path / "out").model
+    h = old.embed_tokens(torch.tensor([probe_tokens(260, seed=0)]))
+    for before, after, said in zip(old.layers, new.layers, done.relative_ffn_difference, strict=True):
+        expected = before.mlp(before.post_attention_layernorm(h))
+        found = h
+        for sublayer in after.sublayers:
+            found = found + sublayer(found)[0]
+        assert said == pytest.approx(((found - h - expected).norm() / expected.norm()).item(), rel=1e-4)
+
+
+# --- assignment ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("assignment", list(ASSIGNMENTS))
+def test_every_assignment_is_exact_with_one_sublayer(tmp_path, dense, assignment):
+    (tmp_path / "text.txt").write_text("Once upon a time there was a text. " * 20)
+    text = str(tmp_path / "text.txt") if assignment == "activity" else None
+    done = convert(dense, tmp_path / "out", num_expert_sublayers=1, assignment=assignment, text=text)
+    assert max(done.relative_ffn_difference) < 1e-6
+    assert_same_logits(dense, tmp_path / "out")
+    gates = [load_file(folder / "model.safetensors") for folder in (dense, tmp_path / "out")]
+    same = torch.equal(
+        gates[0]["model.layers.0.mlp.gate_proj.weight"][:5], gates[1]["model.layers.0.sublayers.0.gate_proj.weight"][:5]
+    )
+    assert same == (assignment == "contiguous")
+
+
+def test_activity_puts_the_most_active_neurons_first(tmp_path, dense):
+    """Against a plain hook on the dense model, over the same text."""
+    (tmp_path / "text.txt").write_text("A text of which some neurons are fond. " * 10)
+    convert(dense, tmp_path / "out", assignment="activity", text=str(tmp_path / "text.txt"))
+    model = LlamaForCausalLM.from_pretrained(dense)
+    seen = []
+    model.model.layers[1].mlp.down_proj.register_forward_hook(lambda m, inputs, out: seen.append(inputs[0].detach()))
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(dense)((tmp_path / "text.txt").read_text(), return_tensors="pt")["input_ids"]
+    for window in ids.split(128, dim=1):
+        model(window)
+    most = torch.cat(seen, dim=1)[0].abs().mean(0).argmax()
+    gate = load_file(dense / "model.safetensors")["model.layers.1.mlp.gate_proj.weight"]
+    first = load_file(tmp_path / "out/model.safetensors")["model.layers.1.sublayers.0.gate_proj.weight"]
+    assert torch.equal(first[0], gate[most])
+
+
+def test_clusters_are_of_equal_size_and_find_what_is_there():
+    """Neurons that point in four directions, shuffled: each cluster is one direction."""
+    draw = torch.Generator().manual_seed(0)
+    directions = torch.eye(8)[:4].repeat_interleave(10, 0)
+    shuffled = torch.randperm(40, generator=draw)
+    vectors = directions[shuffled] * 3 + 0.1 * torch.randn(40, 8, generator=draw)
+    found = [balanced_clusters(vectors, 4, torch.Generator().manual_seed(seed)).view(4, 10) for seed in range(5)]
+    pure = [all(len(set((shuffled[group] // 10).tolist())) == 1 for group in order) for order in found]
+    assert any(pure)  # k-means may end in a poorer place from some starts
+    for order in found:
+        assert sorted(order.flatten().tolist()) == list(range(40))
+
+
+def test_a_users_own_assignment(tmp_path, dense):
+    try:
+        register_assignment("backwards")(lambda layer: torch.arange(layer.width).flip(0))
+        convert(dense, tmp_path / "out", num_expert_sublayers=1, assignment="backwards")
+        assert_same_logits(dense, tmp_path / "out")
+        register_assignment("half")(lambda layer: torch.arange(layer.width) // 2)
+        with pytest.raises(ConversionError, match="'half' gave layer 0 an order"):
+            convert(dense, tmp_path / "wrong", assignment="half")
+    finally:
+        ASSIGNMENTS.pop("backwards", None)
+        ASSIGNMENTS.pop("half", None)
+    assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"assignment": "by magic"}, "'by magic' is not known"),
+        ({"assignment": "activity"}, "measures on a text"),
+        ({"mode": "shrink"}, "mode='shrink' is not known"),
+        ({"dtype": "int8"}, "dtype='int8' is not known"),
+        ({"max_shard_size": "five"}, "max_shard_size='five' is not a size"),
+        ({"assignment": "activity", "text": "/no/such/text"}, "cannot be read as a text"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be_met(tmp_path, dense, options, words):
+    with pytest.raises(ConversionError, match=words):
+        convert(dense, tmp_path / "out", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- growth and precision --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("M", [2, 4])
+def test_grown_models_give_the_dense_logits_and_can_learn(tmp_path, M):
+    dense = make_dense(tmp_path / "dense", mlp_bias=True)
+    done = convert(dense, tmp_path / "out", num_expert_sublayers=M, num_experts_per_sublayer=4, mode="grow")
+    assert done.exact
+    assert done.finedeep_parameters > done.dense_parameters
+    assert_same_logits(dense, tmp_path / "out")
+    model = load(tmp_path / "out")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    ids = torch.arange(60).view(2, 30)
+    for step in range(2):
+        optimizer.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        new = [sublayer for layer in model.model.layers for sublayer in list(layer.sublayers)[1:]]
+        assert all(sublayer.down_proj.weight.grad.abs().max() > 0 for sublayer in new)
+        if step:  # once W_down has moved, everything behind it learns
+            assert all(sublayer.gate_proj.weight.grad.abs().max() > 0 for sublayer in new)
+            assert all(sublayer.router.grad.abs().max() > 0 for sublayer in new)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_weights_are_cast_on_request(tmp_path, dense, dtype):
+    convert(dense, tmp_path / "out", num_expert_sublayers=1, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert model.dtype == getattr(torch, dtype)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out/model.safetensors").values()} == {model.dtype}
+
+
+def test_what_does_not_fit_into_float16_is_refused(tmp_path):
+    dense = make_dense(tmp_path / "dense")
+    tensors = load_file(dense / "model.safetensors")
+    tensors["model.norm.weight"][0] = 1e6
+    from safetensors.torch import save_file
+
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConversionError, match=r"model.norm.weight has values up to 1e\+06"):
+        convert(dense, tmp_path / "out", dtype="float16")
+
+
+# --- death and resumption --------------------------------------------------------------------------------------------
+
+
+def interrupted(dense, out, after_shards, **options):
+    """Convert until so many shards are there, then Ctrl-C, as it were."""
+    from finedeep.convert import checkpoint
+
+    made = []
+
+    class Interrupting(checkpoint.ShardWriter):
+        def __exit__(self, *error):
+            super().__exit__(*error)
+            made.append(self.path)
+            if len(made) == after_shards:
+                raise KeyboardInterrupt
+
+    original, checkpoint.ShardWriter = checkpoint.ShardWriter, Interrupting
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            convert_checkpoint(dense, out, **{**SMALL_SHARDS, **options})
+    finally:
+        checkpoint.ShardWriter = original
+
+
+def test_resume_does_not_redo_finished_shards(tmp_path, dense):
+    out = tmp_path / "out"
+    interrupted(dense, out, 3)
+    assert not out.exists()
+    left = {path.name: path.stat() for path in unfinished_folder(out).glob("*.safetensors")}
+    assert len(left) == 3
+    convert_checkpoint(dense, out, resume=True, **SMALL_SHARDS)
+    for name, before in left.items():
+        after = (out / name).stat()
+        assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    convert_checkpoint(dense, tmp_path / "at once", **SMALL_SHARDS)
+    assert fingerprint(out) == fingerprint(tmp_path / "at once")
+
+
+def test_without_resume_a_stopped_run_is_started_again(tmp_path, dense):
+    interrupted(dense, tmp_path / "out", 2)
+    convert_checkpoint(dense, tmp_path / "out", **SMALL_SHARDS)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert_same_logits(dense, convert(dense, tmp_path / "exact", num_expert_sublayers=1).folder)
+
+
+def test_an_interruption_before_the_first_shard_leaves_nothing(tmp_path, dense, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("finedeep.convert.checkpoint.assign", stop)
+    with pytest.raises(KeyboardInterrupt):
+        convert(dense, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resume_is_of_the_same_conversion_only(tmp_path, dense):
+    interrupted(dense, tmp_path / "out", 2)
+    with pytest.raises(ConversionError, match=r"another one: .*options.* differ"):
+        convert_checkpoint(dense, tmp_path / "out", resume=True, **{**SMALL_SHARDS, "seed": 1})
+    convert_checkpoint(dense, tmp_path / "out", resume=True, **SMALL_SHARDS)
+
+
+def test_two_runs_at_once_are_kept_apart(tmp_path, dense):
+    from finedeep.convert.destination import whole_folder
+
+    with whole_folder(tmp_path / "out", {}), pytest.raises(ConversionError, match="another run is writing"):
+        convert(dense, tmp_path / "out")
+
+
+def _convert_in_child(dense, out, resume, started):
+    torch.set_num_threads(1)
+    started.set()
+    convert_checkpoint(dense, out, resume=resume, **SMALL_SHARDS)
+
+
+def killed_at(moment, dense, out, resume):
+    """Convert in another process, which is killed after so many seconds. Returns whether it was still at work."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["finedeep.convert"])
+    started = context.Event()
+    child = context.Process(target=_convert_in_child, args=(dense, out, resume, started))
+    child.start()
+    assert started.wait(60)
+    time.sleep(moment)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    return child.exitcode == -signal.SIGKILL
+
+
+def check_kills(tmp_path, dense, times):
+    begin = time.monotonic()
+    convert_checkpoint(dense, tmp_path / "whole", **SMALL_SHARDS)
+    length = time.monotonic() - begin
+    wanted = fingerprint(tmp_path / "whole")
+    draw = random.Random(0)
+    caught = 0
+    for i in range(times):
+        out = tmp_path / f"out{i}"
+        resume = bool(i % 2)
+        caught += killed_at(draw.uniform(0, 1.5 * length), dense, out, resume)
+        if out.exists():
+            assert fingerprint(out) == wanted
+            continue
+        convert_checkpoint(dense, out, resume=resume, **SMALL_SHARDS)
+        assert fingerprint(out) == wanted
+        assert not unfinished_folder(out).exists()
+    return caught
+
+
+def test_killed_at_some_moments(tmp_path, dense):
+    assert check_kills(tmp_path, dense, 4) >= 1
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments(tmp_path, dense):
+    assert check_kills(tmp_path, dense, 20) >= 10
+
+
+def test_an_interrupted_command_says_how_to_go_on(tmp_path):
+    """Ctrl-C to the real command, once a shard is there."""
+    dense = make_dense(tmp_path / "dense", hidden_size=256, intermediate_size=1024, num_hidden_layers=8)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "finedeep_cli", "convert", str(dense), str(out), "--max-shard-size", "100KB"]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while child.poll() is None and not any(unfinished_folder(out).glob("*.safetensors")):
+        time.sleep(0.005)
+    child.send_signal(signal.SIGINT)
+    errors = child.communicate()[1]
+    if child.returncode == 0:
+        pytest.skip("the conversion was done before it could be interrupted")
+    assert child.returncode == 130
+    assert errors.rstrip().splitlines()[-1].startswith("finedeep: interrupted; what is finished is kept in")
+    assert "--resume goes on" in errors
+    assert "Traceback" not in errors
