@@ -5,7 +5,7 @@ import shutil
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from .neurons import FORMULAS, Layer, assign, gather
 from .plan import CAST, Options, Plan, make_plan, same_plan
 from .probe import LayerProbe, probe_tokens
 from .receipt import NEURONS, neuron_table, sha256, write_receipt
-from .shards import ShardWriter, write_index
+from .shards import FolderWriter, write_index
 from .source import DenseCheckpoint, open_checkpoint, read_json
 
 CODE_FILES = (Path(configuration_finedeep.__file__), Path(modeling_finedeep.__file__))
@@ -84,7 +84,9 @@ def convert_checkpoint(
     check_room(destination, plan.nbytes + SMALL_FILES)
     with whole_folder(destination, same_plan(plan), resume) as folder, ThreadPoolExecutor(1) as background:
         hashes = {file.name: background.submit(sha256, file) for file in plan.dense.files}
-        differences = _write_weights(folder, plan, progress)
+        neurons = _neurons_of(plan, progress)
+        with _one_thread():
+            differences = _write_weights(folder, plan, neurons, progress)
         write_index(folder, plan.shards)
         plan.config.save_pretrained(folder)
         _write_companions(folder, plan.dense)
@@ -144,9 +146,19 @@ def _neurons_of(plan: Plan, progress: bool) -> list[torch.Tensor]:
     return found
 
 
-def _write_weights(folder: Path, plan: Plan, progress: bool) -> list[float]:
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep torch to one thread: reading, hashing and writing, each in a thread of its own, are what takes time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _write_weights(folder: Path, plan: Plan, neurons: list[torch.Tensor], progress: bool) -> list[float]:
     """Write the shards that are not there yet. Returns each layer's relative difference on the probe batch."""
-    neurons = _neurons_of(plan, progress)
     if plan.options.assignment not in FORMULAS:
         save_file(neuron_table(neurons), folder / NEURONS)
         (folder / NEURONS).chmod(0o644)
@@ -162,20 +174,14 @@ def _write_weights(folder: Path, plan: Plan, progress: bool) -> list[float]:
     h = _probe_batch(plan)
     bar = tqdm(total=plan.nbytes, desc="Converting", unit="B", unit_scale=True, disable=None if progress else True)
     done = 0
-    with bar, ExitStack() as stack:
-        writer, writing = None, None
+    with bar, FolderWriter(folder, plan.shards) as writer:
         for layer, layer_targets in by_layer.items():
+            missing = {t.name for t in layer_targets if shard_of[t.name].file_name not in finished}
             probed = layer >= 0 and str(layer) not in known
             probe = _layer_probe(h, plan, layer) if probed else None
-            here = layer_targets
-            if not probed:
-                here = [target for target in layer_targets if shard_of[target.name].file_name not in finished]
-            for target, tensor in _made(plan, here, neurons, probe):
-                shard = shard_of[target.name]
-                if shard.file_name not in finished:
-                    if shard is not writing:
-                        stack.close()
-                        writing, writer = shard, stack.enter_context(ShardWriter(folder, shard))
+            wanted = [target for target in layer_targets if probed or target.name in missing]
+            for target, tensor in _made(plan, wanted, neurons, probe):
+                if target.name in missing:
                     writer.write(target.name, tensor)
             done += len(layer_targets)
             bar.update(sum(sizes[target.name] for target in layer_targets))

@@ -18,7 +18,7 @@ from .mapping import SUBLAYER, Piece, dense_shapes, family_config, pieces, some
 from .neurons import FORMULAS, PADDING, Layer, assign
 from .plan import NOT_INHERITED, ROPE_FIELDS
 from .receipt import NEURONS, RECEIPT, read_receipt
-from .shards import Entry, ShardWriter, parse_size, plan_shards, write_index
+from .shards import Entry, FolderWriter, parse_size, plan_shards, write_index
 from .source import DenseCheckpoint, open_checkpoint
 
 # What a Llama's configuration cannot say, and the value that it would have to have.
@@ -73,12 +73,11 @@ def export_checkpoint(
     plan = {"source": str(held.folder.resolve()), "shards": [[shard.file_name, shard.nbytes] for shard in shards]}
     bar = tqdm(total=nbytes, desc="Exporting", unit="B", unit_scale=True, disable=None if progress else True)
     with whole_folder(destination, plan) as folder, bar:
-        for shard in shards:
-            with ShardWriter(folder, shard) as writer:
-                for entry in shard.entries:
-                    rows = [_dense_tensor(held, name, neurons) for name, _ in sorted(parts[entry.name], key=_start)]
-                    writer.write(entry.name, torch.cat(rows) if len(rows) > 1 else rows[0])
-                    bar.update(entry.nbytes)
+        with FolderWriter(folder, shards) as writer:
+            for entry in (entry for shard in shards for entry in shard.entries):
+                rows = [_dense_tensor(held, name, neurons) for name, _ in sorted(parts[entry.name], key=_start)]
+                writer.write(entry.name, torch.cat(rows) if len(rows) > 1 else rows[0])
+                bar.update(entry.nbytes)
         write_index(folder, shards)
         content = {"architectures": [_architecture(family_name)], "model_type": family_name, **fields}
         (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -11,12 +11,12 @@ from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
 TOKENS = 8
-CHUNK = 4096  # rows of a weight that are held in float32 at a time
+CHUNK = 2**18  # values of a weight that are held in float32 at a time: few enough to stay in a core's cache
 
 
 def linear(x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
     """X W' in float32, a few rows of W at a time. Args: x (batch, in), W (out, in)."""
-    return torch.cat([x @ rows.float().T for rows in W.split(CHUNK)], dim=1)
+    return torch.cat([x @ rows.float().T for rows in W.split(max(1, CHUNK // W.shape[1]))], dim=1)
 
 
 class HalfFFN:

@@ -9,6 +9,7 @@ import json
 import os
 import struct
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -126,19 +127,69 @@ class ShardWriter:
         self.file.seek(self.offsets[name])
         self.file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
-    def __enter__(self) -> "ShardWriter":
+    def finish(self) -> None:
+        """Bring the file to the disk and give it its name."""
+        with self.file:
+            assert not self.missing, sorted(self.missing)
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        self.unfinished.rename(self.path)
+
+    def abandon(self) -> None:
+        """Let go of the file, unfinished."""
+        self.file.close()
+
+
+class FolderWriter:
+    """Writes the tensors of several shards, shard after shard, while the caller makes the next tensor.
+
+    One tensor is in flight at a time: a disk is slower than the arithmetic, and memory stays bounded. An error in
+    writing is raised by the next call.
+    """
+
+    def __init__(self, folder: Path, shards: Iterable[Shard]):
+        self.folder = folder
+        self.shard_of = {entry.name: shard for shard in shards for entry in shard.entries}
+        self.shard: Shard | None = None
+        self.writer: ShardWriter | None = None
+        self.thread = ThreadPoolExecutor(1)
+        self.in_flight: Future | None = None
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Put a tensor into its place, in the background. The tensors of a shard have to come one after the other."""
+        self._wait()
+        self.in_flight = self.thread.submit(self._write, name, tensor)
+
+    def _write(self, name: str, tensor: torch.Tensor) -> None:
+        if self.shard_of[name] is not self.shard:
+            self._finish_shard()
+            self.shard = self.shard_of[name]
+            self.writer = ShardWriter(self.folder, self.shard)
+        self.writer.write(name, tensor)
+
+    def _finish_shard(self) -> None:
+        if self.writer is not None:
+            self.writer.finish()
+            self.writer = None
+
+    def _wait(self) -> None:
+        if self.in_flight is not None:
+            self.in_flight.result()
+
+    def __enter__(self) -> "FolderWriter":
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self.file:
-            if kind is not None:
-                return
-            assert not self.missing, sorted(self.missing)
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        self.unfinished.rename(self.path)
+        try:
+            if kind is None:
+                self._wait()
+                self._finish_shard()
+        finally:
+            self.thread.shutdown()
+            if self.writer is not None:
+                self.writer.abandon()
 
 
 def _header(entries: Iterable[Entry]) -> tuple[bytes, Mapping[str, int]]:

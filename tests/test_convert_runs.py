@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import os
 import random
 import re
 import signal
@@ -220,23 +219,23 @@ def test_what_does_not_fit_into_float16_is_refused(tmp_path):
 
 def interrupted(dense, out, after_shards, **options):
     """Convert until so many shards are there, then Ctrl-C, as it were."""
-    from finedeep.convert import checkpoint
+    from finedeep.convert import shards
 
     made = []
 
-    class Interrupting(checkpoint.ShardWriter):
-        def __exit__(self, *error):
-            super().__exit__(*error)
+    class Interrupting(shards.ShardWriter):
+        def finish(self):
+            super().finish()
             made.append(self.path)
             if len(made) == after_shards:
                 raise KeyboardInterrupt
 
-    original, checkpoint.ShardWriter = checkpoint.ShardWriter, Interrupting
+    original, shards.ShardWriter = shards.ShardWriter, Interrupting
     try:
         with pytest.raises(KeyboardInterrupt):
             convert_checkpoint(dense, out, **{**SMALL_SHARDS, **options})
     finally:
-        checkpoint.ShardWriter = original
+        shards.ShardWriter = original
 
 
 def test_resume_does_not_redo_finished_shards(tmp_path, dense):
@@ -299,7 +298,7 @@ def killed_at(moment, dense, out, resume):
     child.start()
     assert started.wait(60)
     time.sleep(moment)
-    os.kill(child.pid, signal.SIGKILL)
+    child.kill()
     child.join()
     return child.exitcode == -signal.SIGKILL
 

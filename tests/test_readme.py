@@ -17,13 +17,16 @@ from hub_server import running_hub
 from isolated import run_isolated
 
 ROOT = Path(__file__).parents[1]
-LOGITS = "\nanswer = [type(model).__name__, round(model(**prompt).logits.sum().item(), 2)]"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def snippet(section, language):
+def snippets(section, language):
     part = README.split(f"\n## {section}\n", 1)[1].split("\n## ", 1)[0]
-    return re.search(rf"```{language}\n(.*?)```", part, re.DOTALL).group(1)
+    return re.findall(rf"```{language}\n(.*?)```", part, re.DOTALL)
+
+
+def snippet(section, language):
+    return snippets(section, language)[0]
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +48,18 @@ def test_convert_snippet(here):
     assert command[0] == "finedeep"
     assert main(command[1:]) == 0
     assert (here / "llama-finedeep/config.json").is_file()
+
+
+def test_more_convert_snippets(here, capsys):
+    lines = "".join(snippets("Convert", "bash")[1:]).splitlines()
+    assert len(lines) == 5
+    for line in lines:
+        command = shlex.split(line, comments=True)
+        assert command[0] == "finedeep"
+        assert main(command[1:]) == 0
+        if "--dry-run" not in command:
+            assert (here / command[3] / "config.json").is_file()
+    assert "model.embed_tokens.weight" in capsys.readouterr().out
 
 
 def test_load_snippet(here):
@@ -73,23 +88,14 @@ def test_adapt_snippet(here):
 
 def test_push_snippet_and_load_from_the_hub(here):
     with running_hub() as (hub, environment):
-        subprocess.run(
-            [sys.executable, "-c", snippet("Push", "python")],
-            check=True,
-            cwd=here,
-            env={**os.environ, **environment},
-            timeout=120,
-        )
+        command = [sys.executable, "-m", "finedeep_cli", *shlex.split(snippet("Push", "bash"))[1:]]
+        subprocess.run(command, check=True, cwd=here, env={**os.environ, **environment}, timeout=300)
         uploaded = hub.repositories["you/llama-finedeep"][-1]
-        assert {"config.json", "modeling_finedeep.py", "model.safetensors", "tokenizer.json"} <= set(uploaded)
+        assert {"config.json", "modeling_finedeep.py", "model.safetensors", "README.md"} <= set(uploaded)
         code = snippet("Load", "python").replace("./llama-finedeep", "you/llama-finedeep")
-        loaded = run_isolated(
-            code + LOGITS,
-            HF_HOME=str(here / "clean-cache"),
-            **environment,
-        )
-    local = run_isolated(f"import os; os.chdir({str(here)!r})\n" + snippet("Load", "python") + LOGITS)
-    assert loaded == local
+        cache = str(here / "clean-cache")
+        loaded = run_isolated(f"{code}\nanswer = type(model).__name__", HF_HOME=cache, **environment)
+    assert loaded == "FinedeepForCausalLM"
 
 
 def test_the_first_screen_shows_both_commands():

@@ -1,0 +1,246 @@
+"""Checkpoints of strangers: refused in one line, or converted correctly. Never a traceback, a hang or a stray file."""
+
+import json
+import math
+import os
+import shutil
+import struct
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_dense
+from finedeep.convert import ConversionError, convert_checkpoint
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from test_convert import fingerprint
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+# Each example converts a whole, if tiny, model; a conversion that takes ten seconds counts as a hang.
+PROPERTY = settings(
+    max_examples=int(os.environ.get("FINEDEEP_HOSTILE_EXAMPLES", "60")),
+    deadline=10_000,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+LONG = "x" * 300
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats()
+    | st.sampled_from([0, 1, -1, 2, 10**6, 10**9, 0.5, "", "..", "../../x", "/etc/passwd", LONG, math.nan, math.inf])
+    | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hostile") / "dense"
+    return make_dense(folder, num_hidden_layers=1, tie_word_embeddings=True)
+
+
+def outcome(original, damage, **options):
+    """Damage a copy of the checkpoint and convert it. Returns the refusal, or None where the result was right."""
+    with tempfile.TemporaryDirectory() as place:
+        place = Path(place)
+        source = shutil.copytree(original, place / "inside" / "source")
+        damage(source)
+        before = fingerprint(place)
+        refusal = None
+        try:
+            convert_checkpoint(source, place / "out", num_expert_sublayers=1, progress=False, **options)
+        except ConversionError as error:
+            refusal = str(error)
+        if refusal is not None:
+            assert fingerprint(place) == before
+            assert not (place / "out").exists()
+            assert len(refusal) < 2000
+            return refusal
+        after = fingerprint(place)
+        assert {name for name in after if not name.startswith("out/")} == set(before)
+        check_function(source, place / "out")
+        return None
+
+
+def check_function(source, out):
+    """The converted model is what transformers makes of the damaged source, wherever it makes anything of it."""
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(out).eval()(ids).logits
+        try:
+            expected = LlamaForCausalLM.from_pretrained(source).eval()(ids).logits
+        except Exception:
+            return
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3, equal_nan=True)
+
+
+def write_json(name, content):
+    return lambda folder: (folder / name).write_text(json.dumps(content), encoding="utf-8", errors="surrogatepass")
+
+
+CONFIG_FIELDS = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
+    head_dim hidden_act max_position_embeddings initializer_range rms_norm_eps rope_theta rope_scaling rope_parameters
+    attention_bias mlp_bias tie_word_embeddings pad_token_id bos_token_id eos_token_id architectures model_type dtype
+    torch_dtype id2label num_labels layer_types sliding_window no_rope_layers auto_map quantization_config
+    partial_rotary_factor attention_dropout qk_norm residual_multiplier use_cache transformers_version""".split()
+
+
+@PROPERTY
+@given(changes=st.dictionaries(st.sampled_from(CONFIG_FIELDS), JSON, min_size=1, max_size=3))
+@example(changes={"num_hidden_layers": 10**6})
+@example(changes={"num_labels": 10**12})
+@example(changes={"rope_theta": 0})
+@example(changes={"head_dim": 2**40})
+@example(changes={"rms_norm_eps": "small"})
+@example(changes={"hidden_act": "softmax"})
+@example(changes={"auto_map": {"AutoConfig": "evil.Evil"}})
+@example(changes={"rope_parameters": {"rope_type": "yarn", "factor": math.inf}})
+def test_configs(original, changes):
+    content = json.loads((original / "config.json").read_text())
+    outcome(original, write_json("config.json", {**content, **changes}))
+
+
+@PROPERTY
+@given(content=JSON)
+def test_configs_that_are_anything(original, content):
+    assert outcome(original, write_json("config.json", content))
+
+
+def test_a_config_of_ten_megabytes(original):
+    content = json.loads((original / "config.json").read_text())
+    outcome(original, write_json("config.json", {**content, "padding": "x" * 10**7}))
+    assert outcome(original, write_json("config.json", {**content, "architectures": [{"a": []}] * 10**6})) is not False
+    assert "not valid JSON" in outcome(original, lambda folder: (folder / "config.json").write_text("[" * 10**6))
+
+
+SHARD_NAMES = st.sampled_from(
+    ["../../x", "/etc/passwd", "..", ".", "", "model.safetensors\0", "inside/model.safetensors", "config.json", LONG]
+)
+
+
+@PROPERTY
+@given(shard=SHARD_NAMES | st.text(max_size=20) | JSON, names=st.integers(1, 20))
+def test_indexes(original, shard, names):
+    """Some tensors are said to be in a file that is not there, or is no plain file of the folder."""
+    tensors = list(load_file(original / "model.safetensors"))
+    weight_map = dict.fromkeys(tensors, "model.safetensors") | dict.fromkeys(tensors[:names], shard)
+    refusal = outcome(original, write_json("model.safetensors.index.json", {"weight_map": weight_map}))
+    assert refusal or shard == "model.safetensors"
+
+
+@PROPERTY
+@given(content=JSON)
+def test_indexes_that_are_anything(original, content):
+    assert outcome(original, write_json("model.safetensors.index.json", {"weight_map": content}))
+    outcome(original, write_json("model.safetensors.index.json", content))
+
+
+def header_of(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    return json.loads(data[8 : 8 + size]), data[8 + size :]
+
+
+def put_header(folder, header, data, size=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode("utf-8", "surrogatepass")
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text) if size is None else size) + text + data)
+
+
+ENTRY_CHANGES = st.fixed_dictionaries(
+    {},
+    optional={
+        "dtype": st.sampled_from(["F16", "F64", "I8", "BF16", "Q4", "", 7]) | JSON,
+        "shape": st.lists(st.integers(-3, 2**66), max_size=3) | JSON,
+        "data_offsets": st.lists(st.integers(-5, 2**66), min_size=1, max_size=3) | JSON,
+    },
+).filter(bool)
+
+
+@PROPERTY
+@given(which=st.integers(0, 11), changes=ENTRY_CHANGES)
+@example(which=3, changes={"data_offsets": [0, 4096]})
+@example(which=3, changes={"shape": [2**33, 2**33]})
+def test_headers(original, which, changes):
+    header, data = header_of(original)
+    name = [name for name in header if name != "__metadata__"][which % (len(header) - 1)]
+    header[name] = {**header[name], **changes}
+    outcome(original, lambda folder: put_header(folder, header, data))
+
+
+@PROPERTY
+@given(size=st.integers(0, 2**64 - 1) | st.integers(0, 3000))
+def test_header_lengths(original, size):
+    header, data = header_of(original)
+    outcome(original, lambda folder: put_header(folder, header, data, size))
+
+
+@PROPERTY
+@given(data=st.data())
+def test_bytes_flipped_in_the_header(original, data):
+    content = bytearray((original / "model.safetensors").read_bytes())
+    size = struct.unpack("<Q", content[:8])[0]
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, 7 + size))] = data.draw(st.integers(0, 255))
+    outcome(original, lambda folder: (folder / "model.safetensors").write_bytes(content))
+
+
+@PROPERTY
+@given(kept=st.floats(0, 1))
+def test_truncated_files(original, kept):
+    content = (original / "model.safetensors").read_bytes()
+    cut = content[: int(kept * (len(content) - 1))]
+    assert outcome(original, lambda folder: (folder / "model.safetensors").write_bytes(cut))
+
+
+def test_one_name_in_two_shards(original):
+    """Which of the two would be meant? The index says, but the files disagree with it."""
+
+    def damage(folder):
+        tensors = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        norm = {"model.norm.weight": tensors["model.norm.weight"]}
+        save_file(tensors, folder / "a.safetensors")
+        save_file(norm, folder / "b.safetensors")
+        weight_map = dict.fromkeys(tensors, "a.safetensors") | {"model.norm.weight": "b.safetensors"}
+        write_json("model.safetensors.index.json", {"weight_map": weight_map})(folder)
+
+    assert "does not hold the tensors" in outcome(original, damage)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "model.safetensors.index.json"])
+def test_links_out_of_the_folder_are_not_followed(original, name):
+    def damage(folder):
+        target = folder.parent / "elsewhere"
+        if (folder / name).exists():
+            (folder / name).rename(target)
+        else:
+            tensors = load_file(folder / "model.safetensors")
+            target.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "model.safetensors")}))
+        (folder / name).symlink_to(target)
+
+    assert "is a link out of its folder" in outcome(original, damage)
+
+
+def test_links_of_the_hubs_cache_are_followed(original, tmp_path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / ("0" * 40)
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    for file in original.iterdir():
+        shutil.copyfile(file, blobs / f"{file.name}-blob")
+        (snapshot / file.name).symlink_to(Path("../../blobs") / f"{file.name}-blob")
+    convert_checkpoint(snapshot, tmp_path / "out", num_expert_sublayers=1, progress=False)
+    check_function(original, tmp_path / "out")
+
+
+def test_pickles_beside_safetensors_are_never_opened(original):
+    def damage(folder):
+        for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt"):
+            (folder / name).write_bytes(b"cposix\nsystem\n(S'touch /tmp/finedeep-was-here'\ntR.")
+
+    assert outcome(original, damage) is None
+    assert not Path("/tmp/finedeep-was-here").exists()
