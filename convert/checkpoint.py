@@ -27,6 +27,7 @@ from .shards import FolderWriter, write_index
 from .source import DenseCheckpoint, open_checkpoint, read_json
 
 CODE_FILES = (Path(configuration_finedeep.__file__), Path(modeling_finedeep.__file__))
+BLOCK = 2**18  # values of a weight that are worked on at a time
 DIFFERENCES = ".differences.json"
 SMALL_FILES = 50 * 10**6  # a generous share of the disk for tokenizer, code and configuration
 
@@ -180,9 +181,10 @@ def _write_weights(folder: Path, plan: Plan, neurons: list[torch.Tensor], progre
             probed = layer >= 0 and str(layer) not in known
             probe = _layer_probe(h, plan, layer) if probed else None
             wanted = [target for target in layer_targets if probed or target.name in missing]
-            for target, tensor in _made(plan, wanted, neurons, probe):
-                if target.name in missing:
-                    writer.write(target.name, tensor)
+            for target, blocks in _made(plan, wanted, neurons, probe):
+                for rows in blocks:
+                    if target.name in missing:
+                        writer.write(target.name, rows)
             done += len(layer_targets)
             bar.update(sum(sizes[target.name] for target in layer_targets))
             bar.set_postfix_str(f"{done}/{len(plan.targets)} tensors", refresh=False)
@@ -194,31 +196,46 @@ def _write_weights(folder: Path, plan: Plan, neurons: list[torch.Tensor], progre
 
 def _made(
     plan: Plan, wanted: list[Target], neurons: list[torch.Tensor], probe: LayerProbe | None
-) -> Iterator[tuple[Target, torch.Tensor]]:
-    """The tensors of one layer; each stored tensor is read once a sub-layer. The probe sees what is read and made."""
+) -> Iterator[tuple[Target, Iterator[torch.Tensor]]]:
+    """The tensors of one layer, each a few rows at a time. The probe sees what is read and what is made of it."""
     stored_name, stored = None, torch.empty(0)
     cast = CAST[plan.options.dtype]
-    holding = 1 if plan.options.mode == "grow" else plan.options.num_expert_sublayers
-    share = holding * plan.options.num_experts_per_sublayer
     for target in wanted:
         if target.part in ("zeros", "random"):
-            yield target, _new(target, cast or plan.dense.tensors[target.piece.stored].dtype, plan)
+            yield target, iter([_new(target, cast or plan.dense.tensors[target.piece.stored].dtype, plan)])
             continue
         if target.piece.stored != stored_name:
             stored_name, stored = target.piece.stored, plan.dense.load(target.piece.stored)
         tensor = stored.narrow(0, target.piece.start, target.piece.rows)
         module, kind = _place_in_ffn(target.name)
         if probe is not None and module and target.m == 0:
-            probe.take_dense(module, kind, tensor)
-        if target.part == "neurons":
-            tensor = gather(tensor, target.dim, neurons[target.layer][target.m])
-        elif target.part == "share":
-            tensor = (tensor / share).expand(target.shape).contiguous()
+            for _ in probe.dense.watch(module, kind, _split(tensor)):
+                pass
+        blocks = _blocks(tensor, target, neurons, plan)
         if cast is not None and tensor.dtype != cast:
-            tensor = _cast(target.piece.stored, tensor, cast)
+            blocks = (_cast(target.piece.stored, rows, cast) for rows in blocks)
         if probe is not None and module:
-            probe.take(target.m, module, kind, tensor.sum(0) if target.part == "share" else tensor)
-        yield target, tensor
+            blocks = probe.sublayer(target.m).watch(module, kind, blocks)
+        yield target, blocks
+
+
+def _split(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Blocks of rows that are small enough to stay in a core's cache, and to be allocated without the system's help."""
+    return tensor.split(max(1, BLOCK * tensor.shape[0] // tensor.numel()))
+
+
+def _blocks(tensor: torch.Tensor, target: Target, neurons: list[torch.Tensor], plan: Plan) -> Iterator[torch.Tensor]:
+    if target.part == "share":
+        grown = plan.options.mode == "grow"
+        experts = plan.options.num_experts_per_sublayer * (1 if grown else plan.options.num_expert_sublayers)
+        yield (tensor / experts).expand(target.shape)
+    elif target.part == "whole":
+        yield from _split(tensor)
+    elif target.dim == 0:
+        order = neurons[target.layer][target.m].flatten()
+        yield from (gather(tensor, 0, part) for part in order.split(max(1, BLOCK * len(tensor) // tensor.numel())))
+    else:
+        yield from (gather(rows, 1, neurons[target.layer][target.m]) for rows in _split(tensor))
 
 
 def _place_in_ffn(name: str) -> tuple[str, str]:

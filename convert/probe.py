@@ -4,23 +4,17 @@ The batch is what enters the first layer: the embeddings of a few tokens, drawn 
 with it too. It is no measure of quality, but of whether the conversion did what was meant: some 1e-7 where it is exact.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
-TOKENS = 8
-CHUNK = 2**18  # values of a weight that are held in float32 at a time: few enough to stay in a core's cache
-
-
-def linear(x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
-    """X W' in float32, a few rows of W at a time. Args: x (batch, in), W (out, in)."""
-    return torch.cat([x @ rows.float().T for rows in W.split(max(1, CHUNK // W.shape[1]))], dim=1)
+TOKENS = 4
 
 
 class HalfFFN:
-    """A SwiGLU FFN that is given its tensors one by one: activations are kept, weights are not."""
+    """A SwiGLU FFN that sees its tensors pass by, a few rows at a time: activations are kept, weights are not."""
 
     def __init__(self, n: torch.Tensor, act: torch.nn.Module):
         self.n = n
@@ -28,15 +22,28 @@ class HalfFFN:
         self.pre = {"gate_proj": 0.0, "up_proj": 0.0}
         self.out: torch.Tensor | float = 0.0
 
-    def take(self, module: str, kind: str, tensor: torch.Tensor) -> None:
-        """Use a tensor; `module` is one of gate_proj, up_proj, down_proj, which has to come last."""
+    def watch(self, module: str, kind: str, blocks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Hand on the rows of a tensor of gate_proj, up_proj or, which has to come last, down_proj."""
+        if kind == "bias":
+            parts = []
+            for rows in blocks:
+                parts.append(rows.float())
+                yield rows
+            bias = torch.cat(parts)
+            self._add(module, bias.sum(0) if bias.dim() == 2 else bias)  # each expert has one of its own, or all one
+            return
+        x = self.n if module in self.pre else self.act(self.pre["gate_proj"]) * self.pre["up_proj"]
+        products = []
+        for rows in blocks:
+            products.append(x @ rows.float().T)
+            yield rows
+        self._add(module, torch.cat(products, dim=1))
+
+    def _add(self, module: str, product: torch.Tensor) -> None:
         if module in self.pre:
-            self.pre[module] = self.pre[module] + (linear(self.n, tensor) if kind == "weight" else tensor.float())
-        elif kind == "weight":
-            a = self.act(self.pre["gate_proj"]) * self.pre["up_proj"]
-            self.out = self.out + linear(a, tensor)
+            self.pre[module] = self.pre[module] + product
         else:
-            self.out = self.out + tensor.float()
+            self.out = self.out + product
 
 
 class LayerProbe:
@@ -51,24 +58,17 @@ class LayerProbe:
         self.dense = HalfFFN(self._normalised(h), self.act)
         self.sublayers: list[HalfFFN] = []
 
-    def take_dense(self, module: str, kind: str, tensor: torch.Tensor) -> None:
-        """A tensor of the dense FFN."""
-        self.dense.take(module, kind, tensor)
-
-    def take(self, m: int, module: str, kind: str, tensor: torch.Tensor) -> None:
-        """A tensor of sub-layer m, as it is written. Sub-layers come one after the other."""
+    def sublayer(self, m: int) -> HalfFFN:
+        """Sub-layer m, which has to be seen whole before the next."""
         if m == len(self.sublayers):
-            before = self.h if m == 0 else self._after(m - 1)
-            self.sublayers.append(HalfFFN(self._normalised(before), self.act))
-        self.sublayers[m].take(module, kind, tensor)
+            done = sum(sublayer.out for sublayer in self.sublayers)
+            self.sublayers.append(HalfFFN(self._normalised(self.h + self.r * done), self.act))
+        return self.sublayers[m]
 
     def difference(self) -> float:
         """||cut - dense|| / ||dense||."""
         total = sum(sublayer.out for sublayer in self.sublayers)
         return ((total - self.dense.out).norm() / self.dense.out.norm()).item()
-
-    def _after(self, m: int) -> torch.Tensor:
-        return self.h + self.r * sum(sublayer.out for sublayer in self.sublayers[: m + 1])
 
     def _normalised(self, h: torch.Tensor) -> torch.Tensor:
         return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps) * self.norm

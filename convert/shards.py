@@ -8,6 +8,7 @@ https://github.com/huggingface/safetensors#format
 import json
 import os
 import struct
+from collections import deque
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -108,8 +109,9 @@ class ShardWriter:
     def __init__(self, folder: Path, shard: Shard):
         self.path = folder / shard.file_name
         self.unfinished = folder / f"{shard.file_name}.unfinished"
-        self.missing = {entry.name: entry for entry in shard.entries}
-        header, self.offsets = _header(shard.entries)
+        self.entries = {entry.name: entry for entry in shard.entries}
+        header, self.begins = _header(shard.entries)
+        self.offsets = dict(self.begins)  # where the next rows of each tensor go
         self.file = self.unfinished.open("wb")
         try:
             self.file.write(header)
@@ -120,17 +122,18 @@ class ShardWriter:
             self.file.close()
             raise
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Put a tensor into its place."""
-        entry = self.missing.pop(name)
-        assert (tuple(tensor.shape), tensor.dtype) == (entry.shape, entry.dtype), (entry, tensor.shape, tensor.dtype)
+    def write(self, name: str, rows: torch.Tensor) -> None:
+        """Put the next rows of a tensor into their place, or all of them."""
+        entry = self.entries[name]
+        assert (rows.shape[1:], rows.dtype) == (entry.shape[1:], entry.dtype), (entry, rows.shape, rows.dtype)
         self.file.seek(self.offsets[name])
-        self.file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        self.offsets[name] += self.file.write(rows.contiguous().view(-1).view(torch.uint8).numpy().data)
 
     def finish(self) -> None:
         """Bring the file to the disk and give it its name."""
         with self.file:
-            assert not self.missing, sorted(self.missing)
+            for name, entry in self.entries.items():
+                assert self.offsets[name] == self.begins[name] + entry.nbytes, f"{name} was not written whole"
             self.file.flush()
             os.fsync(self.file.fileno())
         self.unfinished.rename(self.path)
@@ -141,11 +144,13 @@ class ShardWriter:
 
 
 class FolderWriter:
-    """Writes the tensors of several shards, shard after shard, while the caller makes the next tensor.
+    """Writes the tensors of several shards, shard after shard, while the caller makes the next rows.
 
-    One tensor is in flight at a time: a disk is slower than the arithmetic, and memory stays bounded. An error in
-    writing is raised by the next call.
+    A few blocks of rows are in flight at a time, so that memory stays bounded. An error in writing is raised by a later
+    call.
     """
+
+    max_in_flight = 8
 
     def __init__(self, folder: Path, shards: Iterable[Shard]):
         self.folder = folder
@@ -153,28 +158,28 @@ class FolderWriter:
         self.shard: Shard | None = None
         self.writer: ShardWriter | None = None
         self.thread = ThreadPoolExecutor(1)
-        self.in_flight: Future | None = None
+        self.in_flight: deque[Future] = deque()
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Put a tensor into its place, in the background. The tensors of a shard have to come one after the other."""
-        self._wait()
-        self.in_flight = self.thread.submit(self._write, name, tensor)
+    def write(self, name: str, rows: torch.Tensor) -> None:
+        """Put the next rows of a tensor into their place, soon. The tensors of a shard have to come one by one."""
+        self._wait(self.max_in_flight)
+        self.in_flight.append(self.thread.submit(self._write, name, rows))
 
-    def _write(self, name: str, tensor: torch.Tensor) -> None:
+    def _write(self, name: str, rows: torch.Tensor) -> None:
         if self.shard_of[name] is not self.shard:
             self._finish_shard()
             self.shard = self.shard_of[name]
             self.writer = ShardWriter(self.folder, self.shard)
-        self.writer.write(name, tensor)
+        self.writer.write(name, rows)
 
     def _finish_shard(self) -> None:
         if self.writer is not None:
             self.writer.finish()
             self.writer = None
 
-    def _wait(self) -> None:
-        if self.in_flight is not None:
-            self.in_flight.result()
+    def _wait(self, fewer_than: int) -> None:
+        while len(self.in_flight) >= fewer_than:
+            self.in_flight.popleft().result()
 
     def __enter__(self) -> "FolderWriter":
         return self
@@ -184,7 +189,7 @@ class FolderWriter:
     ) -> None:
         try:
             if kind is None:
-                self._wait()
+                self._wait(1)
                 self._finish_shard()
         finally:
             self.thread.shutdown()
