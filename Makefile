@@ -29,6 +29,7 @@ test: lint
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest tests -m slow --ignore=tests/official
+	FINEDEEP_HOSTILE_EXAMPLES=1000 $(BIN)/python -m pytest tests/test_hostile.py
 
 # transformers' own model tests, for Llama and Finedeep side by side; they are fetched from the package index
 test-official: $(INSTALLED)

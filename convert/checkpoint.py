@@ -27,7 +27,7 @@ from .shards import FolderWriter, write_index
 from .source import DenseCheckpoint, open_checkpoint, read_json
 
 CODE_FILES = (Path(configuration_finedeep.__file__), Path(modeling_finedeep.__file__))
-BLOCK = 2**18  # values of a weight that are worked on at a time
+BLOCK = 2**22  # values of a weight that are worked on at a time
 DIFFERENCES = ".differences.json"
 SMALL_FILES = 50 * 10**6  # a generous share of the disk for tokenizer, code and configuration
 
@@ -220,7 +220,7 @@ def _made(
 
 
 def _split(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Blocks of rows that are small enough to stay in a core's cache, and to be allocated without the system's help."""
+    """Blocks of rows, so that memory does not grow with the tensor and what is made is written meanwhile."""
     return tensor.split(max(1, BLOCK * tensor.shape[0] // tensor.numel()))
 
 

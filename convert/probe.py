@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
 TOKENS = 4
+CACHED = 2**19  # values of a weight that are in float32 at a time, few enough for a core's cache
 
 
 class HalfFFN:
@@ -35,7 +36,7 @@ class HalfFFN:
         x = self.n if module in self.pre else self.act(self.pre["gate_proj"]) * self.pre["up_proj"]
         products = []
         for rows in blocks:
-            products.append(x @ rows.float().T)
+            products += [x @ part.float().T for part in rows.split(max(1, CACHED // rows.shape[1]))]
             yield rows
         self._add(module, torch.cat(products, dim=1))
 

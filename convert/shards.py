@@ -21,6 +21,7 @@ from .errors import ConversionError
 from .source import DTYPES, INDEX, WEIGHTS
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+LARGE = 2**20  # bytes
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -126,8 +127,12 @@ class ShardWriter:
         """Put the next rows of a tensor into their place, or all of them."""
         entry = self.entries[name]
         assert (rows.shape[1:], rows.dtype) == (entry.shape[1:], entry.dtype), (entry, rows.shape, rows.dtype)
-        self.file.seek(self.offsets[name])
+        begin = self.offsets[name]
+        self.file.seek(begin)
         self.offsets[name] += self.file.write(rows.contiguous().view(-1).view(torch.uint8).numpy().data)
+        if self.offsets[name] - begin >= LARGE and hasattr(os, "posix_fadvise"):
+            # On its way to the disk at once, rather than all of a shard when it is finished and everybody waits.
+            os.posix_fadvise(self.file.fileno(), begin, self.offsets[name] - begin, os.POSIX_FADV_DONTNEED)
 
     def finish(self) -> None:
         """Bring the file to the disk and give it its name."""

@@ -69,6 +69,7 @@ def test_push_and_load_at_the_revision_that_the_card_names(tmp_path, finedeep_fo
     )  # fmt: skip
 
 
+@pytest.mark.slow  # as are those below that push more than once: each time three processes load the model
 @pytest.mark.parametrize("options", [("--revision", "trial"), ("--create-pr",)], ids=str)
 def test_push_beside_main(finedeep_folder, options):
     with running_hub() as (hub, environment):
@@ -96,6 +97,7 @@ def test_a_refused_token(finedeep_folder):
         refused(push(finedeep_folder, {**environment, "HF_TOKEN": "hf_wrong"}), "HTTP 401", "hf auth login")
 
 
+@pytest.mark.slow
 def test_a_full_account_then_room(finedeep_folder):
     with running_hub() as (hub, environment):
         hub.quota = 10_000
@@ -118,6 +120,7 @@ def test_a_connection_cut_in_a_file_then_whole(finedeep_folder):
         assert [path for method, path in hub.requests if method == "PUT"] == puts
 
 
+@pytest.mark.slow
 def test_a_connection_cut_once_is_tried_again(finedeep_folder):
     with running_hub() as (hub, environment):
         hub.cuts = 1

@@ -129,9 +129,17 @@ def test_the_table_of_quantisation_is_what_the_command_prints(data, stories260k)
     assert numbers[0] == pytest.approx(numbers[1], abs=5e-3)  # rounding activations differs a little between CPUs
 
 
+def test_the_table_of_conversion_is_that_of_the_committed_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from conversion import RESULTS, table_of
+
+    table = README.split("<!-- conversion:begin -->\n")[1].split("\n<!-- conversion:end -->")[0]
+    assert table == table_of(json.loads(RESULTS.read_text()))
+
+
 def test_all_files_named_exist():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README) + re.findall(
-        r"`((?:examples|tests)/[\w./]+)`", README
+        r"`((?:examples|tests|benchmarks)/[\w./]+)`", README
     ):
         assert (ROOT / target).exists(), target
 
