@@ -55,7 +55,7 @@ REFUSED: dict[str, str] = {
 def why_not(config: Mapping[str, Any]) -> str:
     """Why a config of no known family cannot be converted, as a part of a sentence."""
     model_type = config.get("model_type")
-    if model_type in REFUSED:
+    if isinstance(model_type, str) and model_type in REFUSED:
         return REFUSED[model_type]
     if any(isinstance(config.get(name), int) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
         return "its config has experts; a dense FFN is what is cut"

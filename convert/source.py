@@ -37,6 +37,7 @@ COMPANIONS = (
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # More than any real configuration, index or tokenizer has; json needs some ten times as much memory.
 MAX_JSON_BYTES = 200 * 10**6
+SHARD_NAME = re.compile(r"[\w-][\w.-]{0,200}\.safetensors")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -159,8 +160,11 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
             raise ConversionError(f"{folder / INDEX} has no weight_map; get the checkpoint again.")
         files: dict[Path, set[str] | None] = {}
         for name, shard in weight_map.items():
-            if not isinstance(shard, str) or Path(shard).name != shard or "\0" in shard:
-                raise ConversionError(f"{folder / INDEX} names the shard {shard!r}, which is not a plain file name.")
+            if not isinstance(shard, str) or not SHARD_NAME.fullmatch(shard):
+                raise ConversionError(
+                    f"{folder / INDEX} names the shard {str(shard)[:100]!r}, which is not a plain file "
+                    "name of a safetensors file."
+                )
             files.setdefault(folder / shard, set()).add(name)
         missing = sorted(path.name for path in files if not path.is_file())
         if missing:

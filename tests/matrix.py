@@ -28,19 +28,20 @@ def run(command: list[str | Path], **options: object) -> subprocess.CompletedPro
 
 
 def environment(version: str) -> Path:
-    """The interpreter of an environment with this version, built where it is not there yet."""
+    """The interpreter of an environment with this version, built where it is not there yet or of other packages."""
     folder = HOME / version
     python, done = folder / "bin" / "python", folder / ".installed"
-    if not done.exists():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    kept = [line for line in lines if not line.startswith(tuple(f"{name}==" for name in NOT_PINNED))]
+    wanted = "\n".join([*kept, f"transformers=={version}", ""])
+    if not done.exists() or done.read_text() != wanted:
         print(f"Building an environment with transformers {version} ...", flush=True)
-        lines = (ROOT / "constraints.txt").read_text().splitlines()
-        kept = [line for line in lines if not line.startswith(tuple(f"{name}==" for name in NOT_PINNED))]
-        run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+        run([sys.executable, "-m", "venv", folder], check=True)
         constraints = folder / "constraints.txt"
-        constraints.write_text("\n".join([*kept, f"transformers=={version}"]) + "\n")
+        constraints.write_text(wanted)
         pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--constraint", constraints]
         run([*pip, "--editable", ".[dev]"], check=True)
-        done.touch()
+        done.write_text(wanted)
     return python
 
 

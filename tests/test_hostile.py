@@ -69,6 +69,9 @@ def outcome(original, damage, **options):
 
 def check_function(source, out):
     """The converted model is what transformers makes of the damaged source, wherever it makes anything of it."""
+    config = json.loads((source / "config.json").read_text())
+    config.pop("num_labels", None)  # of which transformers makes a dictionary, however many are said to be there
+    (source / "config.json").write_text(json.dumps(config))
     ids = torch.arange(20)[None]
     with torch.no_grad():
         found = AutoModelForCausalLM.from_pretrained(out).eval()(ids).logits
@@ -114,7 +117,7 @@ def test_configs_that_are_anything(original, content):
 def test_a_config_of_ten_megabytes(original):
     content = json.loads((original / "config.json").read_text())
     outcome(original, write_json("config.json", {**content, "padding": "x" * 10**7}))
-    assert outcome(original, write_json("config.json", {**content, "architectures": [{"a": []}] * 10**6})) is not False
+    assert outcome(original, write_json("config.json", {**content, "architectures": [{"a": []}] * 10**5})) is not False
     assert "not valid JSON" in outcome(original, lambda folder: (folder / "config.json").write_text("[" * 10**6))
 
 
