@@ -27,6 +27,19 @@ KINDS = {
     "tied embeddings": {"tie_word_embeddings": True},
     "biases, sandwich norm": {"attention_bias": True, "mlp_bias": True, "sublayer_output_norm": True},
     "ablations": {"routing_input": "hidden_state", "routing_function": "softmax"},
+    "norms of queries and keys, a window": {
+        "qk_norm": True,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "multipliers, a layer without RoPE": {
+        "no_rope_layers": [1, 0],
+        "attention_multiplier": 0.1,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 2.0,
+    },
+    "biases as in Qwen2": {"attention_bias": True, "attention_output_bias": False},
     "bfloat16": {"dtype": "bfloat16"},
 }
 IDS = torch.arange(2 * 60).reshape(2, 60)
