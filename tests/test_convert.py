@@ -285,6 +285,7 @@ def assert_refused(capsys, source, destination, words):
     from finedeep_cli import main
 
     before = sorted(destination.parent.iterdir())
+    capsys.readouterr()  # what making the source has printed
     assert main(["convert", str(source), str(destination), "--quiet"]) == 2
     printed = capsys.readouterr()
     assert re.fullmatch(r"finedeep: error: [^\n]+\n", printed.err)
@@ -334,7 +335,7 @@ def test_an_empty_destination_is_used(tmp_path, dense):
 
 FILE_LIMIT = """
 import resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 from finedeep_cli import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -342,10 +343,10 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_write_that_fails_leaves_nothing(tmp_path, resume):
-    """The process may write no file of more than 100 KB: the second shard cannot be written."""
-    dense = make_dense(tmp_path / "dense", hidden_size=64, intermediate_size=400, vocab_size=300)
+    """The process may write no file of more than 60 KB: shards with the FFN, which come later, cannot be written."""
+    dense = make_dense(tmp_path / "dense", intermediate_size=1200)
     (tmp_path / "place").mkdir()
-    command = ["convert", str(dense), str(tmp_path / "place/out"), "--quiet", "--max-shard-size", "80KB"]
+    command = ["convert", str(dense), str(tmp_path / "place/out"), "--quiet", "--max-shard-size", "50KB"]
     command += ["--resume"] * resume
     done = subprocess.run([sys.executable, "-c", FILE_LIMIT, *command], capture_output=True, text=True)
     assert done.returncode == 2
@@ -353,7 +354,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, resume):
     assert ("--resume goes on" in done.stderr) == resume
     left = [path.name for path in (tmp_path / "place").iterdir()]
     assert left == ([".out.unfinished"] if resume else [])
-    convert_checkpoint(dense, tmp_path / "place/out", max_shard_size="80KB", resume=resume, progress=False)
+    convert_checkpoint(dense, tmp_path / "place/out", max_shard_size="50KB", resume=resume, progress=False)
     assert [path.name for path in (tmp_path / "place").iterdir()] == ["out"]
 
 
