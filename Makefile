@@ -1,6 +1,6 @@
 # make demo   train, convert and score a small model here (about two minutes after the installation)
 # make test   lint and tests (under eight minutes on two cores)
-# make test-matrix   the tests in every supported version of transformers (forty minutes)
+# make test-matrix   the tests in every supported version of transformers (half an hour)
 # Each makes its own .venv with pinned versions first. PYTHON chooses the interpreter, 3.10 or newer.
 
 PYTHON ?= python3

@@ -342,7 +342,7 @@ class FinedeepModel(FinedeepPreTrainedModel, Qwen3Model):  # trf-ignore: TRF057
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """Qwen3's forward, on embeddings times the config's `embedding_multiplier`, whoever made them."""
         # CODEPATH: Granite scales its embeddings.

@@ -2,15 +2,17 @@
 
 For each version it builds an environment under .matrix/ (once), runs the fast tests and transformers' own model tests,
 and loads what every other version has written. It prints a Markdown table; --update writes it into the README. It takes
-about ten minutes a version, and goes on where one fails, to report all; it exits with 1 then.
+about ten minutes a version, two versions at a time, and goes on where one fails, to report all; it exits with 1 then.
 """
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -77,6 +79,7 @@ def loads(python: Path, folder: Path) -> tuple[str, bool]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", choices=VERSIONS, help="this version, instead of all")
+    parser.add_argument("--jobs", type=int, default=2, help="versions at a time (default: 2)")
     parser.add_argument("--update", action="store_true", help="write the table into README.md")
     arguments = parser.parse_args()
     versions = arguments.only or VERSIONS
@@ -86,14 +89,20 @@ def main() -> int:
         run([python, "tests/cross_version.py", "write", folders], check=True, capture_output=True)
     table = "| transformers | tests | its own model tests: Finedeep (Llama) | difference of logits across versions |\n"
     table += "| --- | --- | --- | --- |"
-    everything = True
-    for version, python in pythons.items():
+
+    def check(version: str) -> tuple[str, bool]:
         start = time.monotonic()
+        python = pythons[version]
         results = [loads(python, folders), official_tests(python), fast_tests(python)]
         across, official, fast = (text for text, _ in results)
-        everything &= all(fine for _, fine in results)
         print(f"{version}: {fast}; {official}; {across}; {time.monotonic() - start:.0f} s", flush=True)
-        table += f"\n| {version} | {fast} | {official} | {across} |"
+        return f"\n| {version} | {fast} | {official} | {across} |", all(fine for _, fine in results)
+
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // arguments.jobs))
+    with ThreadPoolExecutor(arguments.jobs) as workers:
+        rows = list(workers.map(check, versions))
+    table += "".join(row for row, _ in rows)
+    everything = all(fine for _, fine in rows)
     print(table)
     if arguments.update:
         put_into_readme("matrix", table)
