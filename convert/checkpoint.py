@@ -83,7 +83,7 @@ def convert_checkpoint(
     check_free(destination)
     plan = plan_conversion(source, revision=revision, **options)
     check_room(destination, plan.nbytes + SMALL_FILES)
-    with whole_folder(destination, same_plan(plan), resume) as folder, ThreadPoolExecutor(1) as background:
+    with whole_folder(destination, same_plan(plan), resume) as folder, _background() as background:
         hashes = {file.name: background.submit(sha256, file) for file in plan.dense.files}
         neurons = _neurons_of(plan, progress)
         with _one_thread():
@@ -145,6 +145,16 @@ def _neurons_of(plan: Plan, progress: bool) -> list[torch.Tensor]:
         )
         found.append(assign(o.assignment, layer))
     return found
+
+
+@contextmanager
+def _background() -> Iterator[ThreadPoolExecutor]:
+    """A thread whose waiting work is dropped when this ends, so that nobody waits for hashes after an error."""
+    thread = ThreadPoolExecutor(1)
+    try:
+        yield thread
+    finally:
+        thread.shutdown(cancel_futures=True)
 
 
 @contextmanager

@@ -269,6 +269,25 @@ def test_an_interruption_before_the_first_shard_leaves_nothing(tmp_path, dense, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_after_an_interruption_no_further_file_is_hashed(tmp_path, monkeypatch):
+    dense = make_dense(tmp_path / "dense", shard_size="20KB")
+    hashed = []
+
+    def slowly(path):
+        hashed.append(path)
+        time.sleep(0.2)
+        return ""
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("finedeep.convert.checkpoint.sha256", slowly)
+    monkeypatch.setattr("finedeep.convert.checkpoint.assign", stop)
+    with pytest.raises(KeyboardInterrupt):
+        convert(dense, tmp_path / "out")
+    assert len(hashed) <= 1 < len(list(dense.glob("*.safetensors")))
+
+
 def test_resume_is_of_the_same_conversion_only(tmp_path, dense):
     interrupted(dense, tmp_path / "out", 2)
     with pytest.raises(ConversionError, match=r"another one: .*options.* differ"):
