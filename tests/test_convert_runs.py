@@ -20,6 +20,7 @@ from finedeep.convert.receipt import RECEIPT, sha256
 from finedeep_cli import convert_command, main
 from safetensors.torch import load_file
 from test_convert import assert_same_logits, fingerprint, load
+from test_families import CASES, make_family
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 SMALL_SHARDS = {"max_shard_size": "20KB", "progress": False}
@@ -75,20 +76,23 @@ def test_the_receipt_makes_the_same_bytes_again(tmp_path, dense):
     assert fingerprint(tmp_path / "one") != fingerprint(tmp_path / "three")
 
 
+@pytest.mark.parametrize("case", ["llama 2, grouped queries", "granite, biases", "granite"])
 @torch.no_grad()
-def test_the_differences_are_those_of_the_models(tmp_path, dense):
+def test_the_differences_are_those_of_the_models(tmp_path, case):
     """Against the dense layer and the converted layer themselves, on the embeddings of the probe's tokens."""
     from finedeep.convert.probe import probe_tokens
 
-    done = convert(dense, tmp_path / "out", num_expert_sublayers=2, num_experts_per_sublayer=4)
-    old, new = LlamaForCausalLM.from_pretrained(dense).model, load(tmp_path / "out").model
-    h = old.embed_tokens(torch.tensor([probe_tokens(260, seed=0)]))
+    dense = make_family(tmp_path / "dense", *CASES[case])
+    done = convert(tmp_path / "dense", tmp_path / "out", num_expert_sublayers=3, num_experts_per_sublayer=4)
+    old, new = dense.model, load(tmp_path / "out").model
+    r = new.config.residual_multiplier
+    h = old.embed_tokens(torch.tensor([probe_tokens(260, seed=0)])) * new.config.embedding_multiplier
     for before, after, said in zip(old.layers, new.layers, done.relative_ffn_difference, strict=True):
         expected = before.mlp(before.post_attention_layernorm(h))
         found = h
         for sublayer in after.sublayers:
-            found = found + sublayer(found)[0]
-        assert said == pytest.approx(((found - h - expected).norm() / expected.norm()).item(), rel=1e-4)
+            found = found + r * sublayer(found)[0]
+        assert said == pytest.approx((((found - h) / r - expected).norm() / expected.norm()).item(), rel=1e-3)
 
 
 # --- assignment ------------------------------------------------------------------------------------------------------
