@@ -26,6 +26,7 @@ class Hub(ThreadingHTTPServer):
         self.blobs = {}  # sha256 of an LFS file -> bytes
         self.requests = []
         self.quota = None  # bytes of LFS files that there is room for
+        self.spoils = False  # whether it keeps something else than it was sent
         self.cuts = 0  # uploads that are still to be broken off in the middle
 
     @property
@@ -153,7 +154,7 @@ def lfs_batch(self, content, repo):
 def lfs_put(self, content, oid):
     if hashlib.sha256(content).hexdigest() != oid:
         return self.refuse(400, "BadRequest", "checksum differs")
-    self.server.blobs[oid] = content
+    self.server.blobs[oid] = content if not self.server.spoils else content[:-1] + bytes([content[-1] ^ 1])
     return self.answer()
 
 

@@ -127,6 +127,13 @@ def test_a_connection_cut_once_is_tried_again(finedeep_folder):
         assert push(finedeep_folder, environment).returncode == 0
 
 
+@pytest.mark.slow
+def test_a_hub_that_gives_back_other_weights_is_noticed(finedeep_folder):
+    with running_hub() as (hub, environment):
+        hub.spoils = True
+        refused(push(finedeep_folder, environment), "gives other logits", "Do not use that revision")
+
+
 def damaged(folder, place):
     folder = shutil.copytree(folder, place)
     (folder / "modeling_finedeep.py").write_text("raise RuntimeError('broken')\n")
