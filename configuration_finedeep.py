@@ -152,10 +152,14 @@ class FinedeepConfig(LlamaConfig):  # trf-ignore: TRF057
         # Before the parent, which reads some of these; for their length, it has to be known how many layers there are.
         num_layers = kwargs.get("num_hidden_layers", LlamaConfig().num_hidden_layers)
         attention = "full_attention" if self.sliding_window is None else "sliding_attention"
-        self.layer_types = _per_layer("layer_types", layer_types or [attention], num_layers, LAYER_TYPES)
+        self.layer_types = _per_layer(
+            "layer_types", [attention] if layer_types is None else layer_types, num_layers, LAYER_TYPES
+        )
         if self.sliding_window is None and "sliding_attention" in self.layer_types:
             raise ValueError("layer_types has 'sliding_attention', for which sliding_window is wanted; it is None.")
-        self.no_rope_layers = no_rope_layers and _per_layer("no_rope_layers", no_rope_layers, num_layers, (0, 1))
+        if no_rope_layers is not None:
+            no_rope_layers = _per_layer("no_rope_layers", no_rope_layers, num_layers, (0, 1))
+        self.no_rope_layers = no_rope_layers
         kwargs["auto_map"] = dict(AUTO_MAP)
         super().__init__(**_readable_by_every_version(kwargs))
         self.attention_output_bias = _boolean(

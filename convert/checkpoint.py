@@ -283,7 +283,7 @@ def _probe_batch(plan: Plan) -> torch.Tensor:
 
 def _layer_probe(h: torch.Tensor, plan: Plan, layer: int) -> LayerProbe:
     norm = plan.dense.load(f"model.layers.{layer}.post_attention_layernorm.weight")
-    return LayerProbe(h, norm, plan.dense_config)
+    return LayerProbe(h, norm, plan.config)
 
 
 def _write_companions(folder: Path, dense: DenseCheckpoint) -> None:

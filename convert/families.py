@@ -1,8 +1,8 @@
 """Which dense families can be converted: a table of what maps to what, and of what cannot and why.
 
-A family's tensors are named as Llama's are, but for projections that it stores fused. A field of its configuration that
-Finedeep has under the same name keeps its value; the table says where a family differs. To add a family, add an entry
-and its smallest config to `tests/test_families.py`.
+A family's tensors are named as Llama's are, but for projections that it stores fused. Fields of Llama's configuration
+keep their values; the table says where a family differs. To add a family, add an entry, and its smallest config to
+`tests/test_families.py`.
 """
 
 from collections.abc import Mapping
@@ -18,19 +18,31 @@ class Family:
     """How one `model_type` of transformers reads as a Finedeep configuration and as Llama's tensors."""
 
     models: str  # who they are, for messages
+    reads: tuple[str, ...] = ()  # fields beyond Llama's that its models go by; of others, a config may carry anything
     always: Mapping[str, Any] = field(default_factory=dict)  # Finedeep field -> its value in this family
     renamed: Mapping[str, str] = field(default_factory=dict)  # Finedeep field -> the family's field
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # stored module -> Llama's modules, row by row
 
 
+WINDOWS = ("sliding_window", "layer_types")
+MULTIPLIERS = ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling")
+NO_MLP_BIAS = {"mlp_bias": False}
+NO_BIAS = {"attention_bias": False, "mlp_bias": False}
 FAMILIES: dict[str, Family] = {
     "llama": Family("Llama 1 to 3.x, TinyLlama, SmolLM, Yi and the like"),
-    "mistral": Family("Mistral"),
-    "qwen2": Family("Qwen2, Qwen2.5", always={"attention_bias": True, "attention_output_bias": False}),
-    "qwen3": Family("Qwen3", always={"qk_norm": True}),
-    "smollm3": Family("SmolLM3"),
-    "phi3": Family("Phi-3", fused={"self_attn.qkv_proj": QKV, "mlp.gate_up_proj": GATE_UP}),
-    "granite": Family("Granite"),
+    "mistral": Family("Mistral", reads=("sliding_window",), always=NO_BIAS),
+    "qwen2": Family(
+        "Qwen2, Qwen2.5", reads=WINDOWS, always={"attention_bias": True, "attention_output_bias": False, **NO_MLP_BIAS}
+    ),
+    "qwen3": Family("Qwen3", reads=WINDOWS, always={"qk_norm": True, **NO_MLP_BIAS}),
+    "smollm3": Family("SmolLM3", reads=(*WINDOWS, "no_rope_layers")),
+    "phi3": Family(
+        "Phi-3",
+        reads=("sliding_window",),
+        always=NO_BIAS,
+        fused={"self_attn.qkv_proj": QKV, "mlp.gate_up_proj": GATE_UP},
+    ),
+    "granite": Family("Granite", reads=MULTIPLIERS),
     "seed_oss": Family("Seed-OSS", renamed={"attention_output_bias": "attention_out_bias"}),
 }
 

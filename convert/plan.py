@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from transformers import LlamaConfig, PretrainedConfig
 
 from ..configuration_finedeep import FinedeepConfig
 from .errors import ConversionError
-from .families import FAMILIES, why_not
+from .families import FAMILIES, Family, why_not
 from .mapping import RECOMPUTED, Target, dense_shapes, family_config, pieces, some, targets
 from .neurons import ASSIGNMENTS
 from .shards import Entry, Shard, parse_size, plan_shards, size
@@ -177,9 +177,11 @@ def make_plan(dense: DenseCheckpoint, options: Options) -> Plan:
             routing_input=options.routing_input,
             routing_function=options.routing_function,
         )
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
-        raise ConversionError(str(error)) from error
-    found = targets(family, dense_config, config, options.mode)
+        found = targets(family, dense_config, config, options.mode)
+    except ConversionError:
+        raise
+    except Exception as error:  # as above: the fields are a stranger's
+        raise ConversionError(_one_line(error)) from error
     entries = [
         Entry(target.name, target.shape, CAST[options.dtype] or dense.tensors[target.piece.stored].dtype)
         for target in found
@@ -188,8 +190,8 @@ def make_plan(dense: DenseCheckpoint, options: Options) -> Plan:
     return Plan(dense, dense_config, config, options, found, plan_shards(entries, parse_size(options.max_shard_size)))
 
 
-def _inherited(fields: Mapping[str, Any], family: Any) -> dict[str, Any]:
-    known = (set(FinedeepConfig().to_dict()) | ROPE_FIELDS) - NOT_INHERITED
+def _inherited(fields: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    known = (set(LlamaConfig().to_dict()) | ROPE_FIELDS | set(family.reads)) - NOT_INHERITED
     found = {key: value for key, value in fields.items() if key in known}
     found |= {ours: fields[theirs] for ours, theirs in family.renamed.items()}
     return found | dict(family.always)
@@ -220,8 +222,7 @@ def _read_config(dense: DenseCheckpoint) -> tuple[str, PretrainedConfig]:
     except ConversionError:
         raise
     except Exception as error:  # the file is a stranger's, and what a bad one raises differs by version
-        message = " ".join(str(error).split())[:500]
-        raise ConversionError(f"{path} is not a {model_type} configuration that works: {message}") from error
+        raise ConversionError(f"{path} is not a {model_type} configuration that works: {_one_line(error)}") from error
     rope = getattr(config, "rope_parameters", None) or dense.config
     if rope.get("partial_rotary_factor", 1.0) not in (1.0, None):
         raise ConversionError(
@@ -229,6 +230,10 @@ def _read_config(dense: DenseCheckpoint) -> tuple[str, PretrainedConfig]:
             "cannot be converted."
         )
     return model_type, config
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]
 
 
 def _check_tensors(dense: DenseCheckpoint, config: PretrainedConfig, wanted: Mapping[str, tuple[int, ...]]) -> None:

@@ -7,8 +7,9 @@ with it too. It is no measure of quality, but of whether the conversion did what
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
+
+from ..configuration_finedeep import FinedeepConfig
 
 TOKENS = 4
 CACHED = 2**19  # values of a weight that are in float32 at a time, few enough for a core's cache
@@ -50,12 +51,12 @@ class HalfFFN:
 class LayerProbe:
     """One decoder layer's FFN, dense and cut, on the same residual stream h (batch, hidden)."""
 
-    def __init__(self, h: torch.Tensor, norm: torch.Tensor, config: PretrainedConfig):
+    def __init__(self, h: torch.Tensor, norm: torch.Tensor, config: FinedeepConfig):
         self.h = h
         self.norm = norm.float()
         self.eps = config.rms_norm_eps
         self.act = ACT2FN[config.hidden_act]
-        self.r = getattr(config, "residual_multiplier", 1.0)
+        self.r = config.residual_multiplier
         self.dense = HalfFFN(self._normalised(h), self.act)
         self.sublayers: list[HalfFFN] = []
 

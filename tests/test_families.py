@@ -1,5 +1,7 @@
 """Each family's smallest model, with random weights, against its conversion with M = 1: the same logits."""
 
+import json
+
 import pytest
 import torch
 from conftest import TINY, byte_tokenizer
@@ -102,6 +104,27 @@ def test_one_sublayer_gives_the_familys_logits(tmp_path, case):
     close(token_by_token(model, ids[:1]), token_by_token(dense, ids[:1]))
     options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     assert torch.equal(model.generate(ids, **options), dense.generate(ids, **options))
+
+
+STRAY = {
+    "llama": {"sliding_window": 16, "no_rope_layers": [0] * 4, "qk_norm": True, "sublayer_output_norm": True, **SCALES},
+    "mistral": {"attention_bias": True, "mlp_bias": True, "layer_types": ["full_attention"] * 4, **SCALES},
+    "qwen2": {"attention_bias": False, "mlp_bias": True, "no_rope_layers": [0] * 4},
+    "phi3": {"attention_bias": True, "mlp_bias": True, "num_expert_sublayers": 4},
+    "granite": {"sliding_window": 16, "qk_norm": True},
+}
+
+
+@pytest.mark.parametrize("model_type", STRAY)
+@torch.no_grad()
+def test_fields_that_a_family_does_not_read_are_not_read(tmp_path, model_type):
+    """Checkpoints carry fields of other families, which their own models ignore."""
+    dense = make_family(tmp_path / "dense", model_type, next(c for f, c in CASES.values() if f == model_type))
+    path = tmp_path / "dense/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **STRAY[model_type]}))
+    convert_checkpoint(tmp_path / "dense", tmp_path / "out", num_expert_sublayers=1, progress=False)
+    ids = torch.arange(50)[None]
+    close(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()(ids).logits, dense(ids).logits)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
