@@ -206,8 +206,8 @@ def _header(entries: Iterable[Entry]) -> tuple[bytes, Mapping[str, int]]:
     """The header's bytes, and for each tensor where it begins in the file."""
     described: dict[str, object] = {"__metadata__": {"format": "pt"}}
     begin, begins = 0, {}
-    # The widest dtype first: then each tensor begins at a multiple of its own width.
-    for entry in sorted(entries, key=lambda entry: -entry.dtype.itemsize):
+    # The widest dtype first: then each tensor begins at a multiple of its own width. And by name, as safetensors does.
+    for entry in sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name)):
         end = begin + entry.nbytes
         offsets = [begin, end]
         described[entry.name] = {"dtype": CODES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
