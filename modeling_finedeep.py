@@ -41,6 +41,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, MoeCausalLMOu
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
     LlamaForCausalLM,
+    LlamaModel,
     LlamaPreTrainedModel,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
@@ -321,7 +322,7 @@ class FinedeepPreTrainedModel(LlamaPreTrainedModel):  # trf-ignore: TRF057
 
 
 class FinedeepModel(FinedeepPreTrainedModel, Qwen3Model):  # trf-ignore: TRF057
-    """The decoder without a head. `forward` is Qwen3's, which hands each layer its mask: causal, or of a window."""
+    """The decoder without a head. `forward` is Llama's or, where some layers have a window, Qwen3's."""
 
     def __init__(self, config: FinedeepConfig):
         super(Qwen3Model, self).__init__(config)  # not Qwen3's own: it would build dense layers
@@ -344,12 +345,16 @@ class FinedeepModel(FinedeepPreTrainedModel, Qwen3Model):  # trf-ignore: TRF057
         inputs_embeds: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
-        """Qwen3's forward, on embeddings times the config's `embedding_multiplier`, whoever made them."""
+        """The inherited forward, on embeddings times the config's `embedding_multiplier`, whoever made them."""
         # CODEPATH: Granite scales its embeddings.
         if self.config.embedding_multiplier != 1 and (input_ids is None) != (inputs_embeds is None):
             embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
             input_ids, inputs_embeds = None, embeds * self.config.embedding_multiplier
-        return super().forward(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **kwargs)
+        decoder = Qwen3Model if self.has_sliding_layers else LlamaModel
+        # `generate` makes a mask for each type of layer, and Llama's forward knows of one type only.
+        if decoder is LlamaModel and isinstance(attention_mask, dict):
+            attention_mask = attention_mask["full_attention"]
+        return decoder.forward(self, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **kwargs)
 
 
 class FinedeepForCausalLM(FinedeepPreTrainedModel, LlamaForCausalLM):  # trf-ignore: TRF057

@@ -177,6 +177,7 @@ def make_plan(dense: DenseCheckpoint, options: Options) -> Plan:
             routing_input=options.routing_input,
             routing_function=options.routing_function,
         )
+        _check_numbers(config)
         found = targets(family, dense_config, config, options.mode)
     except ConversionError:
         raise
@@ -230,6 +231,14 @@ def _read_config(dense: DenseCheckpoint) -> tuple[str, PretrainedConfig]:
             "cannot be converted."
         )
     return model_type, config
+
+
+def _check_numbers(config: FinedeepConfig) -> None:
+    """What some versions of transformers take as it comes, and fail on much later."""
+    for field in ("rms_norm_eps", "initializer_range", "attention_dropout", "max_position_embeddings"):
+        value = getattr(config, field)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ConversionError(f"config.json has {field}={value!r}; a number is wanted.")
 
 
 def _one_line(error: Exception) -> str:

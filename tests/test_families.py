@@ -46,7 +46,7 @@ CASES = {
     "phi3": ("phi3", {"sliding_window": 16}),
     "phi3, long RoPE": (
         "phi3",
-        {"rope_scaling": {"type": "longrope", "rope_type": "longrope", **LONG}, "original_max_position_embeddings": 32},
+        {"rope_scaling": {"type": "longrope", **LONG}, "original_max_position_embeddings": 32},
     ),
     "granite": (
         "granite",
