@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from .. import configuration_finedeep, modeling_finedeep
-from .destination import check_free, check_room, whole_folder
+from .destination import DIFFERENCES, check_free, check_room, whole_folder
 from .errors import ConversionError
 from .mapping import Target
 from .neurons import FORMULAS, Layer, assign, gather
@@ -28,7 +28,6 @@ from .source import DenseCheckpoint, open_checkpoint, read_json
 
 CODE_FILES = (Path(configuration_finedeep.__file__), Path(modeling_finedeep.__file__))
 BLOCK = 2**22  # values of a weight that are worked on at a time
-DIFFERENCES = ".differences.json"
 SMALL_FILES = 50 * 10**6  # a generous share of the disk for tokenizer, code and configuration
 
 

@@ -17,7 +17,8 @@ from .shards import size
 
 PLAN = ".plan.json"
 LOCK = ".lock"
-KEPT = (".safetensors", ".differences.json")  # what a later run can go on with
+DIFFERENCES = ".differences.json"
+KEPT = (".safetensors", DIFFERENCES)  # what a later run can go on with
 
 
 class _KeptError(ConversionError):

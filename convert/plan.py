@@ -5,6 +5,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ class Plan:
         """Bytes of all tensors to write."""
         return sum(shard.nbytes for shard in self.shards)
 
-    @property
+    @cached_property
     def dense_parameters(self) -> int:
         """Parameters before, tied ones once."""
         return sum(torch.Size(shape).numel() for shape in dense_shapes(self.dense_config).values())
@@ -160,9 +161,8 @@ def make_plan(dense: DenseCheckpoint, options: Options) -> Plan:
         ConversionError: the checkpoint cannot be converted, or not as asked.
     """
     options.check()
-    family_name, dense_config = _read_config(dense)
+    family_name, dense_config, shapes = _read_config(dense)
     family = FAMILIES[family_name]
-    shapes = dense_shapes(dense_config)
     _check_tensors(dense, dense_config, shapes)
     sublayers = options.num_expert_sublayers
     try:
@@ -198,7 +198,8 @@ def _inherited(fields: Mapping[str, Any], family: Family) -> dict[str, Any]:
     return found | dict(family.always)
 
 
-def _read_config(dense: DenseCheckpoint) -> tuple[str, PretrainedConfig]:
+def _read_config(dense: DenseCheckpoint) -> tuple[str, PretrainedConfig, dict[str, tuple[int, ...]]]:
+    """The family's name, its configuration, and the tensors that a model of it has."""
     path = dense.folder / "config.json"
     model_type = dense.config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
@@ -230,7 +231,7 @@ def _read_config(dense: DenseCheckpoint) -> tuple[str, PretrainedConfig]:
             f"{path} has partial_rotary_factor {rope['partial_rotary_factor']}; heads that RoPE rotates in part only "
             "cannot be converted."
         )
-    return model_type, config
+    return model_type, config, shapes
 
 
 def _check_numbers(config: FinedeepConfig) -> None:
