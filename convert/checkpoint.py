@@ -19,7 +19,7 @@ from .. import configuration_finedeep, modeling_finedeep
 from .destination import DIFFERENCES, check_free, check_room, whole_folder
 from .errors import ConversionError
 from .mapping import Target
-from .neurons import FORMULAS, Layer, assign, gather
+from .neurons import FORMULAS, Layer, assign, gather, layer_generator
 from .plan import CAST, Options, Plan, make_plan, same_plan
 from .probe import LayerProbe, probe_tokens
 from .receipt import NEURONS, neuron_table, sha256, write_receipt
@@ -138,7 +138,7 @@ def _neurons_of(plan: Plan, progress: bool) -> list[torch.Tensor]:
             width=config.intermediate_size,
             num_sublayers=1 if o.mode == "grow" else o.num_expert_sublayers,
             num_experts=o.num_experts_per_sublayer,
-            generator=torch.Generator().manual_seed(o.seed * 1_000_003 + i),
+            generator=layer_generator(o.seed, i),
             gate=partial(gate, i),
             activity=lambda i=i: activities()[i],
         )
@@ -230,7 +230,11 @@ def _made(
 
 def _split(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Blocks of rows, so that memory does not grow with the tensor and what is made is written meanwhile."""
-    return tensor.split(max(1, BLOCK * tensor.shape[0] // tensor.numel()))
+    return tensor.split(_rows_in_a_block(tensor))
+
+
+def _rows_in_a_block(tensor: torch.Tensor) -> int:
+    return max(1, BLOCK * len(tensor) // tensor.numel())
 
 
 def _blocks(tensor: torch.Tensor, target: Target, neurons: list[torch.Tensor], plan: Plan) -> Iterator[torch.Tensor]:
@@ -242,7 +246,7 @@ def _blocks(tensor: torch.Tensor, target: Target, neurons: list[torch.Tensor], p
         yield from _split(tensor)
     elif target.dim == 0:
         order = neurons[target.layer][target.m].flatten()
-        yield from (gather(tensor, 0, part) for part in order.split(max(1, BLOCK * len(tensor) // tensor.numel())))
+        yield from (gather(tensor, 0, part) for part in order.split(_rows_in_a_block(tensor)))
     else:
         yield from (gather(rows, 1, neurons[target.layer][target.m]) for rows in _split(tensor))
 

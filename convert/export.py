@@ -15,7 +15,7 @@ from .destination import check_free, check_room, whole_folder
 from .errors import ConversionError
 from .families import FAMILIES
 from .mapping import SUBLAYER, Piece, dense_shapes, family_config, pieces, some
-from .neurons import FORMULAS, PADDING, Layer, assign
+from .neurons import FORMULAS, PADDING, Layer, assign, layer_generator
 from .plan import NOT_INHERITED, ROPE_FIELDS
 from .receipt import NEURONS, RECEIPT, read_receipt
 from .shards import Entry, FolderWriter, parse_size, plan_shards, write_index
@@ -162,8 +162,8 @@ def _orders(
     layers, K = config.num_hidden_layers, options["num_experts_per_sublayer"]
     name = options["assignment"]
     if name in FORMULAS:
-        seeds = [torch.Generator().manual_seed(options["seed"] * 1_000_003 + i) for i in range(layers)]
-        made = [assign(name, Layer(i, width, 1, K, seeds[i], None, None)) for i in range(layers)]
+        shuffles = [layer_generator(options["seed"], i) for i in range(layers)]
+        made = [assign(name, Layer(i, width, 1, K, shuffles[i], None, None)) for i in range(layers)]
     else:
         path = held.folder / NEURONS
         if not path.is_file():

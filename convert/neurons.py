@@ -33,6 +33,11 @@ class Layer:
         return self.num_sublayers * self.num_experts
 
 
+def layer_generator(seed: int, layer: int) -> torch.Generator:
+    """The generator with which a conversion's seed shuffles a layer; export makes it again."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + layer)
+
+
 Order = Callable[[Layer], torch.Tensor]
 ASSIGNMENTS: dict[str, Order] = {}
 # The assignments that depend on nothing but the sizes and the seed.
