@@ -112,7 +112,7 @@ class FinedeepSublayer(nn.Module):
         if self.expert_bias is not None:
             E = E + self.expert_bias
         g = self.gate(dot(E, self.router))
-        return torch.einsum("...k,...kd->...d", g.to(E.dtype), E), g
+        return (g.to(E.dtype).unsqueeze(-2) @ E).squeeze(-2), g
 
     def one_gemm(self, a: torch.Tensor, n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The same function without any E_k. Args: a (batch, seq, K, e) activations; n (batch, seq, hidden)."""
@@ -122,14 +122,17 @@ class FinedeepSublayer(nn.Module):
                 f"This process holds {a.shape[-2]} of the sub-layer's {self.num_experts} experts and {router.shape[0]} "
                 "of their routers. Share out gate_proj, up_proj, router and down_proj together, as tp_plan='auto' does."
             )
+        v, s = None, None  # s: what the scores have besides <v_k, a_k>
         if self.routing_input == "hidden_state":
             s = scores_of_hidden_state(n, router)
         else:
-            s = dot(a, self.score_vectors(router, a))
+            v = self.score_vectors(router, a)
             if self.expert_bias is not None:
-                s = s + dot(self.expert_bias, router)
-        g = self.gate(s)
-        combined = self.down_proj((g.to(a.dtype).unsqueeze(-1) * a).flatten(-2))
+                s = dot(self.expert_bias, router)
+        # A compiler chooses by itself what to keep for backward.
+        weigh = weighted_activations if torch.compiler.is_compiling() else WeightedActivations.apply
+        weighted, g = weigh(a, v, s, self.routing_function, self.routed_scaling_factor)
+        combined = self.down_proj(weighted.flatten(-2))
         if self.expert_bias is not None:
             combined = combined + g.to(a.dtype) @ self.expert_bias
         return combined, g
@@ -146,9 +149,8 @@ class FinedeepSublayer(nn.Module):
         return score_vectors_of(local_part(self.down_proj.weight), router)
 
     def gate(self, s: torch.Tensor) -> torch.Tensor:
-        """g_k = c * sigmoid(s_k), or c * softmax(s)_k; s and g (batch, seq, K), in float32 at least."""
-        g = torch.sigmoid(s) if self.routing_function == "sigmoid" else torch.softmax(s, dim=-1)
-        return self.routed_scaling_factor * g
+        """The gates g of scores s, both (batch, seq, K)."""
+        return gates(s, self.routing_function, self.routed_scaling_factor)
 
     def prefers_per_expert(self, a: torch.Tensor) -> bool:
         """Whether the definition is the cheaper form. It is no choice where this process holds only some experts."""
@@ -158,6 +160,59 @@ class FinedeepSublayer(nn.Module):
         if weight_is_readable(self.down_proj):
             return tokens <= self.per_expert_max_tokens and not self.down_proj._forward_hooks
         return tokens <= self.expert_width and not can_pull_back(self.down_proj)
+
+
+def gates(s: torch.Tensor, function: str, c: float) -> torch.Tensor:
+    """g_k = c * sigmoid(s_k), or c * softmax(s)_k; s and g (batch, seq, K), in float32 at least."""
+    return c * (torch.sigmoid(s) if function == "sigmoid" else torch.softmax(s, dim=-1))
+
+
+def weighted_activations(
+    a: torch.Tensor, v: torch.Tensor | None, s: torch.Tensor | None, function: str, c: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y_k = g_k * a_k, and g, the gates of <v_k, a_k> + s_k.
+
+    Args: a (batch, seq, K, e); v (K, e); s (batch, seq, K), or (K) for all tokens; of v and s one may be None.
+    """
+    if v is not None:
+        s = dot(a, v) if s is None else dot(a, v) + s
+    g = gates(s, function, c)
+    return g.to(a.dtype).unsqueeze(-1) * a, g
+
+
+class WeightedActivations(torch.autograd.Function):
+    """`weighted_activations`, which keeps for backward y and not a, as `down_proj` has to keep y in any case.
+
+    With L the loss and t_k = g_k * dL/dg_k = <dL/dy_k, y_k>: dL/ds_k = t_k * (1 - g_k / c), or for softmax
+    t_k - g_k / c * sum_j t_j; dL/da_k = g_k * dL/dy_k + dL/ds_k * v_k; dL/dv_k = sum over tokens of dL/ds_k * y_k / g_k.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a, v, s, function, c):
+        return weighted_activations(a, v, s, function, c)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, v, s, ctx.function, ctx.c = inputs
+        ctx.s_shape = None if s is None else s.shape
+        ctx.save_for_backward(*output, v)
+
+    @staticmethod
+    def backward(ctx, d_y, d_g):
+        y, g, v = ctx.saved_tensors
+        t = dot(d_y, y) + d_g * g
+        if ctx.function == "sigmoid":
+            d_s = t * (1 - g / ctx.c)
+        else:
+            d_s = t - g / ctx.c * t.sum(-1, keepdim=True)
+        d_a, d_v = g.to(y.dtype).unsqueeze(-1) * d_y, None
+        if v is not None:
+            d_a = torch.addcmul(d_a, d_s.to(y.dtype).unsqueeze(-1), v.to(y.dtype))
+            over_g = torch.where(g == 0, 0, d_s / g)  # where g is 0, so are d_s and y
+            d_v = torch.einsum("...k,...ke->ke", over_g, y.to(g.dtype)).to(v.dtype)
+        return d_a, d_v, None if ctx.s_shape is None else d_s.sum_to_size(ctx.s_shape), None, None
 
 
 # `down_proj` computes a -> W a, and scores need W' w as well. Reading W off the module is the fast way; but an adapter,
@@ -186,7 +241,9 @@ def expert_outputs(linear: nn.Module, a: torch.Tensor) -> torch.Tensor:
     """E_k = W_k a_k. Args: a (batch, seq, K, e). Returns (batch, seq, K, hidden)."""
     K, e = a.shape[-2:]
     if weight_is_readable(linear):
-        return torch.einsum("...ke,dke->...kd", a, linear.weight.unflatten(1, (K, e)))
+        W = linear.weight.unflatten(1, (K, e)).permute(1, 2, 0)  # (K, e, hidden), a view
+        E = torch.bmm(a.flatten(0, -3).transpose(0, 1), W)  # an einsum's product, without an einsum's bookkeeping
+        return E.transpose(0, 1).view(*a.shape[:-1], -1)
     alone = torch.eye(K, dtype=a.dtype, device=a.device).unsqueeze(-1) * a.unsqueeze(-3)  # row k: a_k, else zeros
     rows = alone.flatten(-2).flatten(-3, -2)  # (batch, seq * K, K * e), the number of dimensions that all expect
     return linear(rows).unflatten(-2, (-1, K))
@@ -204,7 +261,8 @@ def score_vectors(linear: nn.Module, router: torch.Tensor, a: torch.Tensor) -> t
 
 def score_vectors_of(W: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
     """v_k = W_k' w_k. Args: W (hidden, K * e); router (K, hidden). Returns (K, e)."""
-    return torch.einsum("kd,dke->ke", router.to(W.dtype), W.unflatten(1, (router.shape[0], -1)))
+    W = W.unflatten(1, (router.shape[0], -1)).transpose(0, 1)  # (K, hidden, e), a view
+    return torch.bmm(router.to(W.dtype).unsqueeze(1), W).squeeze(1)
 
 
 def pull_back(linear: nn.Module, rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:

@@ -20,14 +20,13 @@ import time
 from pathlib import Path
 
 import torch
+from finedeep.benchmarks.readme import put_into_readme
 from finedeep.convert.shards import Entry, ShardWriter, plan_shards, write_index
 from finedeep.version import __version__
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "conversion.json"
-sys.path.insert(0, str(ROOT / "examples"))
-from measure import put_into_readme  # noqa: E402
 
 SHAPE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
 SHAPE |= {"vocab_size": 32000}

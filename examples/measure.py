@@ -1,6 +1,5 @@
-"""What the measuring examples share: a text in windows, a model's loss on it, and a table's place in the README."""
+"""What the measuring examples share: a text in windows, and a model's loss on it."""
 
-import re
 from pathlib import Path
 
 import torch
@@ -8,7 +7,6 @@ from torch import nn
 from transformers import AutoTokenizer
 
 WINDOW = 512
-README = Path(__file__).parents[1] / "README.md"
 
 
 def text_windows(checkpoint: str | Path, text: Path) -> torch.Tensor:
@@ -21,13 +19,3 @@ def text_windows(checkpoint: str | Path, text: Path) -> torch.Tensor:
 def mean_loss(model: nn.Module, windows: torch.Tensor) -> float:
     """Mean next-token loss in nats over windows (number, WINDOW), in the mode that the model is in."""
     return model(windows, labels=windows).loss.item()
-
-
-def put_into_readme(mark: str, table: str) -> None:
-    """Replace what stands between <!-- MARK:begin --> and <!-- MARK:end -->. Raises ValueError where they are not."""
-    text = README.read_text(encoding="utf-8")
-    begin, end = f"<!-- {mark}:begin -->\n", f"\n<!-- {mark}:end -->"
-    pattern = re.compile(re.escape(begin) + r".*?" + re.escape(end.strip()), re.DOTALL)
-    if not pattern.search(text):
-        raise ValueError(f"{README} has no {begin.strip()} ... {end.strip()} to put the table into.")
-    README.write_text(pattern.sub(lambda _: f"{begin}{table}{end}", text), encoding="utf-8")

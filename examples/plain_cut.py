@@ -13,7 +13,8 @@ from pathlib import Path
 import finedeep  # noqa: F401  (registers the model)
 import transformers
 from finedeep.convert import convert_checkpoint
-from measure import mean_loss, put_into_readme, text_windows
+from finedeep.benchmarks.readme import put_into_readme
+from measure import mean_loss, text_windows
 from transformers import AutoModelForCausalLM
 
 SHAPES = [(1, 8), (2, 8), (4, 4)]

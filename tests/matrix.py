@@ -21,8 +21,8 @@ VERSIONS = ["4.57.6", "5.0.0", "5.10.4", "5.23.0"]
 # Each version of transformers brings its own of these; everything else is as constraints.txt has it.
 NOT_PINNED = ("transformers", "huggingface_hub", "tokenizers", "typer", "datasets", "fsspec")
 
-sys.path.insert(0, str(ROOT / "examples"))
-from measure import put_into_readme  # noqa: E402
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from readme import put_into_readme  # noqa: E402
 
 
 def run(command: list[str | Path], **options: object) -> subprocess.CompletedProcess:
