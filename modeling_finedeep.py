@@ -53,7 +53,48 @@ from transformers.utils.generic import TransformersKwargs, can_return_tuple
 from .configuration_finedeep import FinedeepConfig
 
 
-class FinedeepOutputNorm(LlamaRMSNorm):
+class KeepsItsInput(torch.autograd.Function):
+    """An RMSNorm, n = w * x * r with r = 1 / rms(x), of which backward keeps x and not x * r.
+
+    With p = dL/dn * x * r: dL/dw = sum over tokens of p, dL/dx = r * (w * dL/dn - x * r * <p, w> / hidden).
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        r = torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
+        return weight * (exact * r).to(x.dtype)  # rounded where Llama rounds
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        x, weight, ctx.eps = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, d_n: torch.Tensor) -> tuple:
+        x, weight = ctx.saved_tensors
+        exact = torch.promote_types(x.dtype, torch.float32)
+        dtype, x, d_n, w = x.dtype, x.to(exact), d_n.to(exact), weight.to(exact)
+        r = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + ctx.eps)
+        x = x * r
+        p = d_n * x
+        d_x = torch.addcmul(d_n * w, x, (p @ w).unsqueeze(-1), value=-1 / x.shape[-1]) * r
+        return d_x.to(dtype), p.sum_to_size(w.shape).to(weight.dtype), None
+
+
+class FinedeepRMSNorm(LlamaRMSNorm):
+    """Llama's RMSNorm, which keeps less for backward: there are M for each of Llama's."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Args: hidden_states (batch, seq, hidden). Returns the same shape."""
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return KeepsItsInput.apply(hidden_states, self.weight, self.variance_epsilon)
+        return super().forward(hidden_states)
+
+
+class FinedeepOutputNorm(FinedeepRMSNorm):
     """The sandwich norm on a sub-layer's output. It starts small, so that M sub-layers do not swamp the residual."""
 
     initial_weight = 0.1
@@ -81,7 +122,7 @@ class FinedeepSublayer(nn.Module):
         self.routing_function = config.routing_function
         self.routed_scaling_factor = config.routed_scaling_factor
         width = self.num_experts * self.expert_width
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = FinedeepRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gate_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
@@ -184,29 +225,29 @@ class WeightedActivations(torch.autograd.Function):
     """`weighted_activations`, which keeps for backward y and not a, as `down_proj` has to keep y in any case.
 
     With L the loss and t_k = g_k * dL/dg_k = <dL/dy_k, y_k>: dL/ds_k = t_k * (1 - g_k / c), or for softmax
-    t_k - g_k / c * sum_j t_j; dL/da_k = g_k * dL/dy_k + dL/ds_k * v_k; dL/dv_k = sum over tokens of dL/ds_k * y_k / g_k.
+    t_k - g_k / c * sum_j t_j; dL/da_k = g_k * dL/dy_k + dL/ds_k * v_k; dL/dv_k = sum over tokens of dL/ds_k * a_k,
+    where a_k = y_k / g_k.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(a, v, s, function, c):
+    def forward(
+        a: torch.Tensor, v: torch.Tensor | None, s: torch.Tensor | None, function: str, c: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return weighted_activations(a, v, s, function, c)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         _, v, s, ctx.function, ctx.c = inputs
         ctx.s_shape = None if s is None else s.shape
         ctx.save_for_backward(*output, v)
 
     @staticmethod
-    def backward(ctx, d_y, d_g):
+    def backward(ctx: Any, d_y: torch.Tensor, d_g: torch.Tensor) -> tuple:
         y, g, v = ctx.saved_tensors
         t = dot(d_y, y) + d_g * g
-        if ctx.function == "sigmoid":
-            d_s = t * (1 - g / ctx.c)
-        else:
-            d_s = t - g / ctx.c * t.sum(-1, keepdim=True)
+        d_s = t * (1 - g / ctx.c) if ctx.function == "sigmoid" else t - g / ctx.c * t.sum(-1, keepdim=True)
         d_a, d_v = g.to(y.dtype).unsqueeze(-1) * d_y, None
         if v is not None:
             d_a = torch.addcmul(d_a, d_s.to(y.dtype).unsqueeze(-1), v.to(y.dtype))

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import finedeep  # noqa: F401  (registers the model)
 import transformers
-from finedeep.convert import convert_checkpoint
 from finedeep.benchmarks.readme import put_into_readme
+from finedeep.convert import convert_checkpoint
 from measure import mean_loss, text_windows
 from transformers import AutoModelForCausalLM
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import finedeep  # noqa: F401  (registers the model)
 import torch
 import transformers
-from finedeep.convert import convert_checkpoint
 from finedeep.benchmarks.readme import put_into_readme
+from finedeep.convert import convert_checkpoint
 from measure import mean_loss, text_windows
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig

@@ -6,7 +6,7 @@ import pytest
 import reference
 import torch
 from finedeep import FinedeepConfig, FinedeepForCausalLM
-from finedeep.modeling_finedeep import FinedeepSublayer
+from finedeep.modeling_finedeep import FinedeepRMSNorm, FinedeepSublayer, WeightedActivations, weighted_activations
 
 FORMS = {"per_expert": 10**9, "one_gemm": 0}  # the token count up to which experts are computed one by one
 OPTIONS = list(
@@ -145,3 +145,119 @@ def test_fresh_weights_follow_the_initializer_range():
         assert sublayer.expert_bias.eq(0).all()
         assert sublayer.norm.weight.eq(1).all()
         torch.testing.assert_close(sublayer.output_norm.weight, torch.full((64,), 0.1))
+
+
+# The two backwards that are written out, against finite differences and against autograd's own.
+
+WEIGHTINGS = {
+    "sigmoid": ("sigmoid", True, None),
+    "softmax": ("softmax", True, None),
+    "sigmoid with biases": ("sigmoid", True, (3,)),
+    "sigmoid of the hidden state": ("sigmoid", False, (2, 4, 3)),
+    "softmax of the hidden state": ("softmax", False, (2, 4, 3)),
+}
+
+
+def weighting_inputs(case):
+    function, has_v, s_shape = WEIGHTINGS[case]
+    torch.manual_seed(0)
+    a, v = torch.randn(2, 4, 3, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    s = None if s_shape is None else torch.randn(s_shape, dtype=torch.float64)
+    inputs = [a.requires_grad_(), v.requires_grad_() if has_v else None, None if s is None else s.requires_grad_()]
+    return inputs, (function, 2.0 if function == "sigmoid" else 3.0)
+
+
+@pytest.mark.parametrize("case", WEIGHTINGS)
+def test_gradients_of_the_weighting_are_right_twice(case):
+    inputs, options = weighting_inputs(case)
+    run = lambda a, v, s: WeightedActivations.apply(a, v, s, *options)  # noqa: E731
+    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs)
+
+
+def test_a_closed_gate_has_finite_gradients():
+    """Backward divides by g, which is exactly 0 for a score of -1000: no gradient comes through, and none is NaN."""
+    (a, v, _), options = weighting_inputs("sigmoid")
+    s = torch.tensor([-1000.0, 0.0, 1000.0], dtype=torch.float64, requires_grad=True)
+    expected = torch.autograd.grad(sum(x.sum() for x in weighted_activations(a, v, s, *options)), (a, v, s))
+    found = torch.autograd.grad(sum(x.sum() for x in WeightedActivations.apply(a, v, s, *options)), (a, v, s))
+    torch.testing.assert_close(found, expected)
+    assert all(x.isfinite().all() for x in found)
+
+
+def test_gradients_of_the_norm_are_right_twice():
+    torch.manual_seed(0)
+    norm = FinedeepRMSNorm(6).double()
+    x, w = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True), torch.randn(6, dtype=torch.float64)
+    run = lambda x, w: torch.func.functional_call(norm, {"weight": w}, (x,))  # noqa: E731
+    assert torch.autograd.gradcheck(run, (x, w.requires_grad_()))
+    assert torch.autograd.gradgradcheck(run, (x, w))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_norm_in_training_is_llamas_to_the_bit(dtype, monkeypatch):
+    monkeypatch.undo()  # Llama's own forward again
+    torch.manual_seed(0)
+    norm = FinedeepRMSNorm(64).to(dtype)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(2, 40, 64).to(dtype)
+    found = norm(x.requires_grad_())
+    with torch.no_grad():
+        assert torch.equal(found, norm(x))
+
+
+def test_gradients_of_each_example_by_vmap():
+    """torch.func reaches what is written out as it reaches Llama: per-example gradients equal one backward for each."""
+    torch.manual_seed(0)
+    sublayer = FinedeepForCausalLM(tiny_config(K=4)).model.layers[0].sublayers[0]
+    torch.nn.init.normal_(sublayer.router)
+    parameters = dict(sublayer.named_parameters())
+    h = torch.randn(3, 40, 16)
+
+    def loss(parameters, h):
+        return torch.func.functional_call(sublayer, parameters, (h.unsqueeze(0),))[0].square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, h)
+    for i in range(3):
+        expected = torch.autograd.grad(loss(parameters, h[i]), list(parameters.values()))
+        for name, one in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(found[name][i], one, rtol=1e-4, atol=1e-5)
+
+
+def test_backward_keeps_no_more_than_the_dense_ffn():
+    """With M = 1, of width I: what autograd holds between forward and backward, counted by its own hooks."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+    tokens, d, width = 100, 32, 96
+    sublayer = FinedeepSublayer(tiny_config(M=1, K=4, hidden_size=d, intermediate_size=width))
+    norm, mlp = LlamaRMSNorm(d), LlamaMLP(LlamaConfig(hidden_size=d, intermediate_size=width))
+    h = torch.randn(1, tokens, d, requires_grad=True)
+
+    def kept(run):
+        storages = {}
+
+        def pack(x):
+            storages[x.untyped_storage().data_ptr()] = x
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            out = run()  # noqa: F841  (alive until all is counted)
+        return sum(x.untyped_storage().nbytes() for x in storages.values() if tokens in x.shape)
+
+    gates = tokens * sublayer.num_experts * h.element_size()
+    assert kept(lambda: sublayer(h)) <= kept(lambda: mlp(norm(h))) + gates
+
+
+def test_deterministic_mode():
+    torch.manual_seed(0)
+    model = FinedeepForCausalLM(tiny_config(K=4))
+    ids = torch.randint(0, 37, (2, 40))
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = [torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters())) for _ in range(2)]
+    finally:
+        torch.use_deterministic_algorithms(before)
+    for one, other in zip(*runs, strict=True):
+        assert torch.equal(one, other)

@@ -1,0 +1,177 @@
+"""Measure dense Llama, Finedeep and a loop over experts at the same work, taken in turn, and write the results down."""
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from ..version import __version__
+from . import cases, growth, memory, results, starting
+from .models import SHAPES, largest_difference, parameters_of
+from .readme import put_into_readme
+
+Job = tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]
+DESCRIPTION = f"""{__doc__}
+
+Models are built here with random weights; nothing is downloaded. Times are medians over rounds in which each model has
+its turn; ratios are taken within a round. Leave the machine alone meanwhile. Results are saved after each case to
+OUTPUT/results, and a run that was stopped goes on where it was; OUTPUT/RESULTS.md and the plot are made at the end."""
+EPILOG = """examples:
+  python -m finedeep.benchmarks                                    all cases (about an hour on two cores)
+  python -m finedeep.benchmarks --only decode,memory --seconds 5   a first look at two of the groups
+  python -m finedeep.benchmarks --render                           make the pages anew from saved results"""
+
+
+def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
+    """Everything there is to measure on this device: its group, its case, and what measures it."""
+    device, seconds, scratch = arguments.device, arguments.seconds, arguments.output
+    for case in cases.CASES[device]:
+        yield case.work, case.fields(), lambda case=case: {"seconds": cases.run_case(case, seconds, device)}
+    for case in memory.CASES[device]:
+        yield "memory", case.fields(), lambda case=case: {"bytes": memory.run_case(case, device)}
+    shape = starting.LOADED[device]
+    starts: dict[str, Callable[[Path], dict[str, list[float]]]] = {
+        "import": lambda folder: starting.imports(seconds),
+        f"from_pretrained, {shape}, bfloat16": lambda folder: starting.loading(folder, shape, seconds, device),
+        f"conversion beside a copy, {shape}, bfloat16": lambda folder: starting.conversion(folder, shape, seconds),
+    }
+    for name, measure in starts.items():
+        yield "start", {"work": name}, lambda measure=measure: {"seconds": in_scratch(measure, scratch)}
+    for block in growth.points(device):
+        kinds = growth.BLOCKS if block.along == "tokens" else growth.BLOCKS[:3]
+        yield (
+            "growth",
+            block.fields(),
+            lambda block=block, kinds=kinds: {"seconds": growth.run_block(block, kinds, min(seconds, 8), device)},
+        )
+
+
+GROUPS = ("prefill", "decode", "train", "memory", "start", "growth")
+
+
+def in_scratch(measure: Callable[[Path], dict[str, list[float]]], output: Path) -> dict[str, list[float]]:
+    """Measure with a folder on the output's disk that is gone afterwards."""
+    with tempfile.TemporaryDirectory(dir=output) as folder:
+        return measure(Path(folder))
+
+
+def main() -> None:
+    """Measure what is missing, save, render."""
+    arguments = arguments_of()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+        os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+    path = results.saved(arguments.output, arguments.device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not arguments.render:
+        measure_all(arguments, path)
+    written = results.render(arguments.output)
+    content = results.load(arguments.output).get("cpu")
+    if arguments.readme and content:
+        put_into_readme("speed", results.targets_table(content), arguments.readme)
+    for file in written:
+        print(file)
+
+
+def measure_all(arguments: argparse.Namespace, path: Path) -> None:
+    """Run every job of the chosen groups that the results do not hold yet."""
+    content = json.loads(path.read_text()) if path.exists() and not arguments.afresh else {"rows": []}
+    header = described(arguments.device)
+    if content["rows"] and content["versions"] != header["versions"]:
+        raise SystemExit(
+            f"{path} was measured with {content['versions']}, and here is {header['versions']}: figures of both would "
+            "be mixed. Use --afresh to measure all of it again, or another --output."
+        )
+    content = header | {"rows": content["rows"]}
+    done = [(row["group"], row["case"]) for row in content["rows"]]
+    wanted = [job for job in jobs(arguments) if job[0] in arguments.only and (group_of(job[0]), job[1]) not in done]
+    with tqdm(wanted, unit="case", disable=None) as bar:
+        for group, case, measure in bar:
+            bar.set_postfix_str(f"{group} {' '.join(str(value) for value in case.values())}"[:60])
+            content["rows"].append({"group": group_of(group), "case": case} | rounded(measure()))
+            save(path, content)
+
+
+def group_of(job: str) -> str:
+    """The group under which results stand: whole models are one."""
+    return "model" if job in cases.WORKS else job
+
+
+def rounded(measured: Any) -> Any:
+    """Times to four significant digits, which is more than there are."""
+    if isinstance(measured, dict):
+        return {name: rounded(value) for name, value in measured.items()}
+    if isinstance(measured, list):
+        return [float(f"{value:.4g}") for value in measured]
+    return measured
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write, then move into place, so that a stop in between loses one case at most. One row of results a line."""
+    rows = ",\n".join(json.dumps(row) for row in content["rows"])
+    head = json.dumps({key: value for key, value in content.items() if key != "rows"}, indent=1)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(f'{head[:-2]},\n "rows": [\n{rows}\n]}}\n', encoding="utf-8")
+    unfinished.replace(path)
+
+
+def described(device: str) -> dict[str, Any]:
+    """Where, with what, and that the contenders do the same work."""
+    return {
+        "command": f"python -m finedeep.benchmarks --device {device}",
+        "machine": {
+            "kind": device,
+            "device": platform.machine() + " CPU" if device == "cpu" else torch.cuda.get_device_name(),
+            "threads": torch.get_num_threads(),
+        },
+        "versions": {
+            "finedeep": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "parameters": {name: parameters_of(name, 2, 8) for name in SHAPES},
+        "difference": {
+            dtype: largest_difference(SHAPES["31M"], 2, 8, dtype, device) for dtype in ("float32", "bfloat16")
+        },
+    }
+
+
+def arguments_of() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m finedeep.benchmarks",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=sorted(cases.CASES), default=here, help=f"default: {here}, found here")
+    parser.add_argument("--only", type=chosen_groups, default=GROUPS, help=f"some of {','.join(GROUPS)}; default: all")
+    parser.add_argument("--seconds", type=float, default=15, help="to spend on a case, after warming up; default: 15")
+    parser.add_argument("--threads", type=int, help="of the CPU; default: what torch takes")
+    parser.add_argument("--output", type=Path, default=Path("finedeep-benchmarks"), help="default: %(default)s")
+    parser.add_argument("--afresh", action="store_true", help="forget what OUTPUT holds for this device")
+    parser.add_argument("--render", action="store_true", help="measure nothing")
+    parser.add_argument("--readme", type=Path, help="a file to put the table of targets into, between its speed marks")
+    return parser.parse_args()
+
+
+def chosen_groups(text: str) -> tuple[str, ...]:
+    """The groups of a comma-separated list."""
+    groups = tuple(text.split(","))
+    if unknown := set(groups) - set(GROUPS):
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: not a group; choose from {','.join(GROUPS)}")
+    return groups
+
+
+if __name__ == "__main__":
+    main()
