@@ -199,7 +199,7 @@ def plot(content: dict, path: Path) -> None:
     figure, axes = pyplot.subplots(1, 4, figsize=(12, 3), sharey=True, layout="constrained")
     for axis, (along, field) in zip(axes, curves.items(), strict=True):
         rows = [row for row in rows_of(content, "growth") if row["case"]["along"] == along]
-        for kind, colour in (("loop", "#b0602a"), ("finedeep", "#20608f")):
+        for kind, colour in (("loop", "#b0602a"), ("finedeep", "#20608f")) if rows else ():
             low, middle, high = zip(*(ratio_of(row, kind) for row in rows), strict=True)
             x = [row["case"][field] for row in rows]
             axis.plot(x, middle, marker="o", markersize=3, color=colour, label=KINDS[kind])
