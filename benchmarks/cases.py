@@ -69,7 +69,7 @@ CASES: dict[str, list[Case]] = {
         *(replace(case, shape="11M") for case in (*EAGER[:1], *EAGER[2:3], *EAGER[5:6])),
         *(replace(case, shape="98M") for case in (*EAGER[:1], *EAGER[2:3], *EAGER[5:6])),
         *(replace(case, shape="325M") for case in (*EAGER[:1], *EAGER[2:3])),
-        replace(EAGER[2], shape="1.2B"),
+        replace(EAGER[2], shape="1.2B", dtype="bfloat16"),
     ],
     "cuda": [
         replace(case, shape="1.2B", dtype="bfloat16")
@@ -112,6 +112,11 @@ def forward_of(case: Case, model: PreTrainedModel) -> Callable[..., Any]:
     return torch.compile(model, fullgraph=True, mode=mode)
 
 
+def warmups_of(case: Case) -> int:
+    """Compiled code is compiled in the first run, and once more where a length turns out to vary."""
+    return 2 if case.compiled else 1
+
+
 def prefill(case: Case, model: PreTrainedModel, device: str) -> Work:
     """Logits of the last token, and a filled cache."""
     model.eval()
@@ -122,7 +127,7 @@ def prefill(case: Case, model: PreTrainedModel, device: str) -> Work:
     def do(cache: DynamicCache) -> None:
         forward(input_ids=ids, past_key_values=cache, logits_to_keep=1)
 
-    return Work(lambda: DynamicCache(config=model.config), do)
+    return Work(lambda: DynamicCache(config=model.config), do, warmups_of(case))
 
 
 def decode(case: Case, model: PreTrainedModel, device: str) -> Work:
@@ -149,7 +154,7 @@ def decode(case: Case, model: PreTrainedModel, device: str) -> Work:
         for i in range(DECODED):
             forward(input_ids=ids[:, i : i + 1], past_key_values=cache, position_ids=positions[i : i + 1].unsqueeze(0))
 
-    return Work(prepare, do)
+    return Work(prepare, do, warmups_of(case))
 
 
 def train(case: Case, model: PreTrainedModel, device: str) -> Work:
@@ -166,7 +171,7 @@ def train(case: Case, model: PreTrainedModel, device: str) -> Work:
         optimizer.step()
         optimizer.zero_grad()
 
-    return Work(lambda: None, do)
+    return Work(lambda: None, do, warmups_of(case))
 
 
 WORKS = {"prefill": prefill, "decode": decode, "train": train}

@@ -14,7 +14,7 @@ class Work(NamedTuple):
 
     prepare: Callable[[], Any]
     do: Callable[[Any], None]
-    warmups: int = 2
+    warmups: int = 1
 
 
 def wait_for(device: str) -> None:
