@@ -1,6 +1,7 @@
 # make demo   train, convert and score a small model here (about two minutes after the installation)
 # make test   lint and tests (under eight minutes on two cores)
 # make test-matrix   the tests in every supported version of transformers (half an hour)
+# make bench  speed and memory beside dense Llama, into benchmarks/ (most of an hour; leave the machine alone)
 # Each makes its own .venv with pinned versions first. PYTHON chooses the interpreter, 3.10 or newer.
 
 PYTHON ?= python3
@@ -9,10 +10,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-official test-matrix lint format clean
+.PHONY: help demo test test-slow test-official test-matrix bench lint format clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -4
+	@sed -n 's/^# //p' Makefile | head -5
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@echo 'Installing into $(VENV), once; this takes a few minutes ...'
@@ -37,6 +38,9 @@ test-official: $(INSTALLED)
 
 test-matrix: $(INSTALLED)
 	$(BIN)/python tests/matrix.py
+
+bench: $(INSTALLED)
+	$(BIN)/python -m finedeep.benchmarks --output benchmarks --readme README.md
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -53,7 +53,20 @@ from transformers.utils.generic import TransformersKwargs, can_return_tuple
 from .configuration_finedeep import FinedeepConfig
 
 
-class KeepsItsInput(torch.autograd.Function):
+def backward_is_ours() -> bool:
+    """Whether to take the backward that is written out here, which keeps less of the forward than autograd's own.
+
+    A compiler chooses by itself what to keep, and tracing and forward-mode derivatives want plain operators.
+    """
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and getattr(torch.autograd.forward_ad, "_current_level", -1) < 0
+    )
+
+
+class NormKeepingItsInput(torch.autograd.Function):
     """An RMSNorm, n = w * x * r with r = 1 / rms(x), of which backward keeps x and not x * r.
 
     With p = dL/dn * x * r: dL/dw = sum over tokens of p, dL/dx = r * (w * dL/dn - x * r * <p, w> / hidden).
@@ -63,9 +76,9 @@ class KeepsItsInput(torch.autograd.Function):
 
     @staticmethod
     def forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        exact = x.to(torch.promote_types(x.dtype, torch.float32))
-        r = torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
-        return weight * (exact * r).to(x.dtype)  # rounded where Llama rounds
+        dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
+        r = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+        return weight * (x * r).to(dtype)  # rounded where Llama rounds
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -80,7 +93,9 @@ class KeepsItsInput(torch.autograd.Function):
         r = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + ctx.eps)
         x = x * r
         p = d_n * x
-        d_x = torch.addcmul(d_n * w, x, (p @ w).unsqueeze(-1), value=-1 / x.shape[-1]) * r
+        with torch.autocast(x.device.type, enabled=False):
+            p_w = (p @ w).unsqueeze(-1)
+        d_x = torch.addcmul(d_n * w, x, p_w, value=-1 / x.shape[-1]) * r
         return d_x.to(dtype), p.sum_to_size(w.shape).to(weight.dtype), None
 
 
@@ -89,8 +104,8 @@ class FinedeepRMSNorm(LlamaRMSNorm):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Args: hidden_states (batch, seq, hidden). Returns the same shape."""
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return KeepsItsInput.apply(hidden_states, self.weight, self.variance_epsilon)
+        if backward_is_ours() and isinstance(hidden_states, torch.Tensor):  # not an engine's fx.Proxy
+            return NormKeepingItsInput.apply(hidden_states, self.weight, self.variance_epsilon)
         return super().forward(hidden_states)
 
 
@@ -170,8 +185,7 @@ class FinedeepSublayer(nn.Module):
             v = self.score_vectors(router, a)
             if self.expert_bias is not None:
                 s = dot(self.expert_bias, router)
-        # A compiler chooses by itself what to keep for backward.
-        weigh = weighted_activations if torch.compiler.is_compiling() else WeightedActivations.apply
+        weigh = WeightedActivations.apply if backward_is_ours() else weighted_activations
         weighted, g = weigh(a, v, s, self.routing_function, self.routed_scaling_factor)
         combined = self.down_proj(weighted.flatten(-2))
         if self.expert_bias is not None:
@@ -248,12 +262,14 @@ class WeightedActivations(torch.autograd.Function):
         y, g, v = ctx.saved_tensors
         t = dot(d_y, y) + d_g * g
         d_s = t * (1 - g / ctx.c) if ctx.function == "sigmoid" else t - g / ctx.c * t.sum(-1, keepdim=True)
-        d_a, d_v = g.to(y.dtype).unsqueeze(-1) * d_y, None
+        d_a, d_v = g.unsqueeze(-1) * d_y, None
         if v is not None:
-            d_a = torch.addcmul(d_a, d_s.to(y.dtype).unsqueeze(-1), v.to(y.dtype))
-            over_g = torch.where(g == 0, 0, d_s / g)  # where g is 0, so are d_s and y
-            d_v = torch.einsum("...k,...ke->ke", over_g, y.to(g.dtype)).to(v.dtype)
-        return d_a, d_v, None if ctx.s_shape is None else d_s.sum_to_size(ctx.s_shape), None, None
+            d_a = torch.addcmul(d_a, d_s.unsqueeze(-1), v.to(g.dtype))
+        if ctx.needs_input_grad[1]:
+            over_g = d_s / torch.where(g == 0, 1, g)  # where g is 0, so are d_s and y
+            with torch.autocast(y.device.type, enabled=False):
+                d_v = torch.einsum("...k,...ke->ke", over_g, y.to(g.dtype)).to(v.dtype)
+        return d_a.to(y.dtype), d_v, None if ctx.s_shape is None else d_s.sum_to_size(ctx.s_shape), None, None
 
 
 # `down_proj` computes a -> W a, and scores need W' w as well. Reading W off the module is the fast way; but an adapter,
@@ -284,7 +300,7 @@ def expert_outputs(linear: nn.Module, a: torch.Tensor) -> torch.Tensor:
     if weight_is_readable(linear):
         W = linear.weight.unflatten(1, (K, e)).permute(1, 2, 0)  # (K, e, hidden), a view
         E = torch.bmm(a.flatten(0, -3).transpose(0, 1), W)  # an einsum's product, without an einsum's bookkeeping
-        return E.transpose(0, 1).view(*a.shape[:-1], -1)
+        return E.transpose(0, 1).view(*a.shape[:-1], W.shape[-1])
     alone = torch.eye(K, dtype=a.dtype, device=a.device).unsqueeze(-1) * a.unsqueeze(-3)  # row k: a_k, else zeros
     rows = alone.flatten(-2).flatten(-3, -2)  # (batch, seq * K, K * e), the number of dimensions that all expect
     return linear(rows).unflatten(-2, (-1, K))

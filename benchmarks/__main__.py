@@ -1,6 +1,7 @@
 """Measure dense Llama, Finedeep and a loop over experts at the same work, taken in turn, and write the results down."""
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -14,16 +15,16 @@ import transformers
 from tqdm import tqdm
 
 from ..version import __version__
-from . import cases, growth, memory, results, starting
-from .models import SHAPES, largest_difference, parameters_of
-from .readme import put_into_readme
+from . import cases, growth, memory, results, starting, timing
+from .models import DTYPES, SHAPES, largest_difference, parameters_of
+from .readme import check_marks, put_into_readme
 
 Job = tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]
 DESCRIPTION = f"""{__doc__}
 
 Models are built here with random weights; nothing is downloaded. Times are medians over rounds in which each model has
 its turn; ratios are taken within a round. Leave the machine alone meanwhile. Results are saved after each case to
-OUTPUT/results, and a run that was stopped goes on where it was; OUTPUT/RESULTS.md and the plot are made at the end."""
+OUTPUT/results, and --resume goes on where a run was stopped; OUTPUT/RESULTS.md and the plot are made at the end."""
 EPILOG = """examples:
   python -m finedeep.benchmarks                                    all cases (about an hour on two cores)
   python -m finedeep.benchmarks --only decode,memory --seconds 5   a first look at two of the groups
@@ -40,7 +41,7 @@ def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
     shape = starting.LOADED[device]
     starts: dict[str, Callable[[Path], dict[str, list[float]]]] = {
         "import": lambda folder: starting.imports(seconds),
-        f"from_pretrained, {shape}, bfloat16": lambda folder: starting.loading(folder, shape, seconds, device),
+        f"from_pretrained, {shape}, bfloat16": lambda folder: starting.loading(folder, shape, 7, device),
         f"conversion beside a copy, {shape}, bfloat16": lambda folder: starting.conversion(folder, shape, seconds),
     }
     for name, measure in starts.items():
@@ -64,7 +65,7 @@ def in_scratch(measure: Callable[[Path], dict[str, list[float]]], output: Path) 
 
 
 def main() -> None:
-    """Measure what is missing, save, render."""
+    """Measure, save, render."""
     arguments = arguments_of()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -73,31 +74,51 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not arguments.render:
         measure_all(arguments, path)
-    written = results.render(arguments.output)
-    content = results.load(arguments.output).get("cpu")
-    if arguments.readme and content:
-        put_into_readme("speed", results.targets_table(content), arguments.readme)
-    for file in written:
+    for file in results.render(arguments.output):
         print(file)
+    if arguments.readme:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        put_into_readme("speed", results.targets_table(content), arguments.readme)
+        print(arguments.readme)
 
 
 def measure_all(arguments: argparse.Namespace, path: Path) -> None:
-    """Run every job of the chosen groups that the results do not hold yet."""
-    content = json.loads(path.read_text()) if path.exists() and not arguments.afresh else {"rows": []}
-    header = described(arguments.device)
-    if content["rows"] and content["versions"] != header["versions"]:
-        raise SystemExit(
-            f"{path} was measured with {content['versions']}, and here is {header['versions']}: figures of both would "
-            "be mixed. Use --afresh to measure all of it again, or another --output."
-        )
-    content = header | {"rows": content["rows"]}
-    done = [(row["group"], row["case"]) for row in content["rows"]]
+    """Run the jobs of the chosen groups; with --resume, those of them that the results do not hold yet."""
+    header = described(arguments)
+    rows = kept_rows(arguments, path, header)
+    done = [(row["group"], row["case"]) for row in rows]
     wanted = [job for job in jobs(arguments) if job[0] in arguments.only and (group_of(job[0]), job[1]) not in done]
+    if not wanted:
+        print(f"{path} holds all of {','.join(arguments.only)} already; without --resume they are measured anew.")
     with tqdm(wanted, unit="case", disable=None) as bar:
         for group, case, measure in bar:
             bar.set_postfix_str(f"{group} {' '.join(str(value) for value in case.values())}"[:60])
-            content["rows"].append({"group": group_of(group), "case": case} | rounded(measure()))
-            save(path, content)
+            try:
+                rows.append({"group": group_of(group), "case": case} | rounded(measure()))
+            except torch.OutOfMemoryError as error:
+                tqdm.write(f"{group} {case}: left out, it does not fit: {str(error).splitlines()[0]}")
+                timing.let_go(arguments.device)
+            save(path, header | {"rows": rows})
+
+
+def kept_rows(arguments: argparse.Namespace, path: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
+    """What to keep of earlier results: the groups that are not to be measured now, and with --resume all of it."""
+    if not path.exists():
+        return []
+    content = json.loads(path.read_text(encoding="utf-8"))
+    keeps = [row for row in content["rows"] if arguments.resume or chosen_group(row) not in arguments.only]
+    for what in ("machine", "versions"):
+        if keeps and content[what] != header[what]:
+            raise SystemExit(
+                f"{path} was measured with {content[what]}, and here is {header[what]}: figures of both would be "
+                "mixed. Measure all groups without --resume, or choose another --output."
+            )
+    return keeps
+
+
+def chosen_group(row: dict[str, Any]) -> str:
+    """The group by which --only knows a row."""
+    return row["case"]["work"] if row["group"] == "model" else row["group"]
 
 
 def group_of(job: str) -> str:
@@ -123,13 +144,16 @@ def save(path: Path, content: dict[str, Any]) -> None:
     unfinished.replace(path)
 
 
-def described(device: str) -> dict[str, Any]:
+def described(arguments: argparse.Namespace) -> dict[str, Any]:
     """Where, with what, and that the contenders do the same work."""
+    device = arguments.device
+    options = f" --device {device} --seconds {arguments.seconds:g}"
+    options += f" --threads {arguments.threads}" if arguments.threads else ""
     return {
-        "command": f"python -m finedeep.benchmarks --device {device}",
+        "command": "python -m finedeep.benchmarks" + options,
         "machine": {
             "kind": device,
-            "device": platform.machine() + " CPU" if device == "cpu" else torch.cuda.get_device_name(),
+            "device": processor() if device == "cpu" else torch.cuda.get_device_name(),
             "threads": torch.get_num_threads(),
         },
         "versions": {
@@ -139,10 +163,16 @@ def described(device: str) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "parameters": {name: parameters_of(name, 2, 8) for name in SHAPES},
-        "difference": {
-            dtype: largest_difference(SHAPES["31M"], 2, 8, dtype, device) for dtype in ("float32", "bfloat16")
-        },
+        "difference": {dtype: largest_difference(SHAPES["31M"], 2, 8, dtype, device) for dtype in DTYPES},
     }
+
+
+def processor() -> str:
+    """The CPU's name, where Linux tells it."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else 'a CPU'} ({platform.machine()})"
 
 
 def arguments_of() -> argparse.Namespace:
@@ -159,10 +189,17 @@ def arguments_of() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=15, help="to spend on a case, after warming up; default: 15")
     parser.add_argument("--threads", type=int, help="of the CPU; default: what torch takes")
     parser.add_argument("--output", type=Path, default=Path("finedeep-benchmarks"), help="default: %(default)s")
-    parser.add_argument("--afresh", action="store_true", help="forget what OUTPUT holds for this device")
+    parser.add_argument("--resume", action="store_true", help="measure only what OUTPUT does not hold yet")
     parser.add_argument("--render", action="store_true", help="measure nothing")
     parser.add_argument("--readme", type=Path, help="a file to put the table of targets into, between its speed marks")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and here == "cpu" and not arguments.render:
+        parser.error("--device cuda: torch finds no GPU here")
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.error("the plots need matplotlib: pip install 'finedeep[plots]'")
+    if arguments.readme:
+        check_marks("speed", arguments.readme)
+    return arguments
 
 
 def chosen_groups(text: str) -> tuple[str, ...]:

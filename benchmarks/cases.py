@@ -8,7 +8,7 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from .models import CONTENDERS, SHAPES, build
-from .timing import Work, interleaved
+from .timing import Work, interleaved, let_go
 
 DECODED = 8  # tokens, one after the other, in a timed run of decoding
 CONTEXT = 128  # tokens in the cache before
@@ -94,6 +94,8 @@ def run_case(case: Case, seconds: float, device: str) -> dict[str, list[float]]:
         taken = {name: [t / DECODED for t in times] for name, times in taken.items()}
     if case.compiled:
         torch.compiler.reset()
+    del works, models
+    let_go(device)
     return taken
 
 

@@ -1,7 +1,8 @@
 """How the cost of a decoder layer's FFN grows with tokens, K, M and d, beside a dense FFN: without attention.
 
 Here a block is what Finedeep replaces: RMSNorm, FFN and residual; M of them for Finedeep. Whole models dilute the ratio
-with attention and embeddings, which are the same for both.
+with attention and embeddings, which are the same for both. Short work is repeated on the same weights, which caches may
+then hold, as they do not when a whole model decodes.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from ..modeling_finedeep import FinedeepSublayer
 from .models import DTYPES, ExpertLoop, Shape, config_of, randomise_routers
-from .timing import Work, interleaved
+from .timing import Work, interleaved, let_go
 
 BLOCKS = ("dense", "finedeep", "loop", "per_expert", "one_gemm")
 
@@ -109,6 +110,8 @@ def run_block(block: Block, kinds: tuple[str, ...], seconds: float, device: str)
     repeats = max(1, 64 // block.tokens)
     works = {kind: work_of(build_block(kind, block, device), h, block.backward, repeats) for kind in kinds}
     taken = interleaved(works, seconds, device)
+    del works
+    let_go(device)
     return {kind: [t / repeats for t in times] for kind, times in taken.items()}
 
 

@@ -31,10 +31,10 @@ CASES = {
     ],
     "cuda": [
         *(
-            replace(TRAINING, batch=4, tokens=2048, shape="1.2B", dtype="bfloat16", M=M, K=K)
+            replace(TRAINING, tokens=2048, shape="1.2B", dtype="bfloat16", M=M, K=K)
             for M, K in ((1, 8), (2, 8), (4, 4))
         ),
-        replace(TRAINING, batch=4, tokens=2048, shape="1.2B", dtype="bfloat16", checkpointing=True),
+        replace(TRAINING, tokens=2048, shape="1.2B", dtype="bfloat16", checkpointing=True),
         Case("prefill", 4, 2048, shape="1.2B", dtype="bfloat16"),
     ],
 }

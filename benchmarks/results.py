@@ -178,7 +178,7 @@ def judged(value: float | None, limit: float, at_least: bool) -> str:
     """A ratio, in bold where it is on the wrong side of its limit."""
     if value is None:
         return ""
-    missed = value < limit if at_least else round(value, 2) > limit
+    missed = round(value, 2) < limit if at_least else round(value, 2) > limit
     return f"**{value:.2f}**" if missed else f"{value:.2f}"
 
 
@@ -206,8 +206,8 @@ def plot(content: dict, path: Path) -> None:
             axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_xscale("log", base=2)
-        axis.set_xlabel(f"{along}" if along != "d" else "d (hidden size)")
-        axis.set_ylim(0.8, 2.6)
+        axis.set_xlabel(along if along != "d" else "d (hidden size)")
+        axis.set_ylim(bottom=0.8)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("time / dense")
     axes[0].legend(frameon=False)
@@ -222,7 +222,12 @@ def machine_line(content: dict) -> str:
     """Where and with what it was measured."""
     machine, versions = content["machine"], content["versions"]
     versions_text = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return f"{machine['device']}, {machine['threads']} threads; {versions_text}; `{content['command']}`"
+    line = f"{machine['device']}, {machine['threads']} threads; {versions_text}; `{content['command']}`."
+    for dtype, difference in content["difference"].items():
+        line += f" In {dtype}, logits of Finedeep and of the loop differ by {difference:.1g} of the largest at most."
+    counts = content["parameters"].items()
+    sizes = ", ".join(f"{name} {of['dense']:,} ({of['finedeep'] - of['dense']:,} more)" for name, of in counts)
+    return f"{line} Parameters of the dense models, and how many more Finedeep with M=2 K=8 has: {sizes}."
 
 
 SECTIONS = {

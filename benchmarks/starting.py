@@ -6,9 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM
-
 from ..convert import convert_checkpoint
 from .models import SHAPES, build
 from .timing import Work, interleaved
@@ -29,24 +26,36 @@ def imports(seconds: float) -> dict[str, list[float]]:
     return interleaved({name: work(code) for name, code in IMPORTS.items()}, seconds, "cpu")
 
 
-def loading(scratch: Path, shape: str, seconds: float, device: str) -> dict[str, list[float]]:
-    """Seconds of `from_pretrained` from files that the operating system has in its cache.
+# `finedeep` has its classes registered by the package; `remote code` is the same folder in a process without it, where
+# transformers copies and imports the code that lies there.
+LOAD = """
+import sys, time, torch
+from transformers import AutoModelForCausalLM
+{registered}
+folder, device = sys.argv[1:]
+begin = time.perf_counter()
+AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, {options}).to(device)
+print(time.perf_counter() - begin)
+"""
+LOADS = {
+    "dense": ("dense", LOAD.format(registered="from transformers import LlamaForCausalLM", options="")),
+    "finedeep": ("finedeep", LOAD.format(registered="import finedeep", options="")),
+    "remote code": ("finedeep", LOAD.format(registered="", options="trust_remote_code=True")),
+}
 
-    `remote code` is the folder with `trust_remote_code=True`, its code copied and imported by transformers.
-    """
-    folders = {"dense": {}, "finedeep": {}}
-    for contender in folders:
+
+def loading(scratch: Path, shape: str, rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds of `from_pretrained`, each in a new process, from files that the operating system has in its cache."""
+    for contender in ("dense", "finedeep"):
         build(contender, SHAPES[shape], 2, 8, "bfloat16", "cpu").save_pretrained(scratch / contender)
-
-    def work(folder: Path, **options: bool) -> Work:
-        return Work(
-            lambda: None,
-            lambda _: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options).to(device),
-        )
-
-    works = {name: work(scratch / name) for name in folders}
-    works["remote code"] = work(scratch / "finedeep", trust_remote_code=True)
-    return interleaved(works, seconds, device)
+    taken: dict[str, list[float]] = {name: [] for name in LOADS}
+    for i in range(rounds + 1):
+        for name, (folder, code) in LOADS.items():
+            command = [sys.executable, "-c", code, scratch / folder, device]
+            printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            if i:  # the first round is for the operating system's cache
+                taken[name].append(float(printed))
+    return taken
 
 
 def conversion(scratch: Path, shape: str, seconds: float) -> dict[str, list[float]]:

@@ -38,7 +38,7 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Run A B C A B C ... after each has been warmed up. Returns seconds, by contender and round.
 
-    There are as many rounds as fit into so many seconds, within bounds. Garbage is collected between runs, not in them.
+    As many rounds as fit into so many seconds, within bounds. Garbage is collected between rounds, not in them.
     """
     for work in works.values():
         for _ in range(work.warmups):
@@ -57,6 +57,13 @@ def interleaved(
     finally:
         gc.enable()
     return taken
+
+
+def let_go(device: str) -> None:
+    """Give back what models that are gone have held on the device, so that the next ones have all of it."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
 
 
 def ratios(taken: list[float], yardstick: list[float]) -> list[float]:

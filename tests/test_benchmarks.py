@@ -114,7 +114,7 @@ def measured(ratio, **case):
 
 def content_of(rows):
     machine = {"kind": "cpu", "device": "some CPU", "threads": 2}
-    return {"machine": machine, "versions": {"torch": "2"}, "command": "c", "difference": {}, "rows": rows}
+    return {"machine": machine, "versions": {"torch": "2"}, "command": "c", "rows": rows}
 
 
 def test_a_missed_target_is_set_in_bold():
@@ -129,6 +129,7 @@ def test_a_run_is_saved_goes_on_and_is_rendered(tmp_path, monkeypatch):
     monkeypatch.setitem(cases.CASES, "cpu", [Case("prefill", 1, 4, "tiny"), Case("decode", 1, 1, "tiny")])
     monkeypatch.setattr(growth, "points", lambda device: [growth.Block(a, 4, hidden_size=64) for a in "KMd"])
     monkeypatch.setattr(command, "SHAPES", {"31M": TINY})
+    monkeypatch.setitem(models.SHAPES, "31M", TINY)
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- speed:begin -->\nold\n<!-- speed:end -->\nafter\n")
     arguments = ["x", "--device", "cpu", "--seconds", "0", "--output", str(tmp_path), "--readme", str(readme), "--only"]
@@ -136,7 +137,7 @@ def test_a_run_is_saved_goes_on_and_is_rendered(tmp_path, monkeypatch):
     command.main()
     first = json.loads((tmp_path / "results" / "speed-cpu.json").read_text())
     assert [row["group"] for row in first["rows"]] == ["model"]
-    monkeypatch.setattr(sys, "argv", [*arguments, "prefill,decode,growth"])
+    monkeypatch.setattr(sys, "argv", [*arguments, "prefill,decode,growth", "--resume"])
     command.main()
     second = json.loads((tmp_path / "results" / "speed-cpu.json").read_text())
     assert second["rows"][0] == first["rows"][0]  # not measured again
@@ -148,9 +149,14 @@ def test_a_run_is_saved_goes_on_and_is_rendered(tmp_path, monkeypatch):
     assert (tmp_path / "results" / "ratio-cpu.svg").read_text().count("<svg") == 1
     assert "old" not in readme.read_text()
     assert readme.read_text().startswith("before\n")
+    monkeypatch.setattr(sys, "argv", [*arguments, "decode"])
+    command.main()  # anew
+    third = json.loads((tmp_path / "results" / "speed-cpu.json").read_text())
+    assert third["rows"][:1] == first["rows"]
+    assert sorted(row["group"] for row in third["rows"]) == sorted(row["group"] for row in second["rows"])
     second["versions"]["torch"] = "1.0"
     (tmp_path / "results" / "speed-cpu.json").write_text(json.dumps(second))
-    with pytest.raises(SystemExit, match=r"figures of both would be mixed.*--afresh"):
+    with pytest.raises(SystemExit, match=r"figures of both would be mixed.*--resume"):
         command.main()
 
 
@@ -160,6 +166,14 @@ def test_a_document_without_the_marks_is_left_alone(tmp_path):
     with pytest.raises(ValueError, match="has no <!-- speed:begin -->"):
         put_into_readme("speed", "table", document)
     assert document.read_text() == "text"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_no_gpu_is_said(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x", "--device", "cuda"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "torch finds no GPU here" in capsys.readouterr().err
 
 
 def test_help_teaches():

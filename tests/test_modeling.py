@@ -261,3 +261,49 @@ def test_deterministic_mode():
         torch.use_deterministic_algorithms(before)
     for one, other in zip(*runs, strict=True):
         assert torch.equal(one, other)
+
+
+def test_forward_mode_derivatives():
+    """A directional derivative by dual numbers equals the one by backward."""
+    torch.manual_seed(0)
+    sublayer = FinedeepForCausalLM(tiny_config(K=4)).double().model.layers[0].sublayers[0]
+    torch.nn.init.normal_(sublayer.router)
+    h, direction = torch.randn(2, 40, 16, dtype=torch.float64), torch.randn(2, 40, 16, dtype=torch.float64)
+    _, found = torch.func.jvp(lambda h: sublayer(h)[0].sum(), (h,), (direction,))
+    gradient = torch.autograd.grad(sublayer(h.requires_grad_())[0].sum(), h)[0]
+    torch.testing.assert_close(found, (gradient * direction).sum())
+
+
+def test_backward_under_autocast_is_as_exact_as_outside():
+    """Called inside autocast, which users should not but do, backward rounds nothing that it would not outside."""
+    torch.manual_seed(0)
+    sublayer = FinedeepForCausalLM(tiny_config(K=4)).model.layers[0].sublayers[0]
+    torch.nn.init.normal_(sublayer.router)
+    h = torch.randn(2, 40, 16)
+    gradients = []
+    for inside in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = sublayer(h)[0].float().square().sum()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+            gradients.append(torch.autograd.grad(out, [sublayer.norm.weight, sublayer.router]))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2 * one.abs().max().item())
+
+
+def test_no_tokens():
+    sublayer = FinedeepForCausalLM(tiny_config(K=4)).model.layers[0].sublayers[0]
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert sublayer(torch.zeros(1, 0, 16))[0].shape == (1, 0, 16)
+
+
+def test_tracing_leaves_plain_operators(monkeypatch):
+    monkeypatch.undo()  # Llama's own norm again
+    torch.manual_seed(0)
+    sublayer = FinedeepForCausalLM(tiny_config(K=4)).model.layers[0].sublayers[0]
+    h = torch.randn(1, 40, 16)
+    traced = torch.jit.trace(sublayer, h)
+    assert "PythonOp" not in str(traced.graph)
+    torch.testing.assert_close(traced(h), sublayer(h))
+    graph = torch.fx.symbolic_trace(FinedeepRMSNorm(16)).graph  # as vLLM looks for what a norm is
+    assert any(node.target is torch.rsqrt for node in graph.nodes)
