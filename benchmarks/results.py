@@ -94,8 +94,8 @@ def model_table(content: dict) -> str:
                 "compiled" if case["compiled"] else "eager",
                 duration(row["seconds"]["dense"]),
                 shown(ratio_of(row)),
-                shown(ratio_of(row, "loop")),
-                f"{ratio_of(row, 'loop', 'finedeep')[1]:.2f}",
+                shown(ratio_of(row, "loop")) if "loop" in row["seconds"] else "",
+                f"{ratio_of(row, 'loop', 'finedeep')[1]:.2f}" if "loop" in row["seconds"] else "",
             ]
         )
     head = ["work", "model", "MxK", "dtype", "", "dense", "Finedeep / dense", "loop / dense", "loop / Finedeep"]
