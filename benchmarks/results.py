@@ -260,6 +260,8 @@ def render(output: Path) -> list[Path]:
         parts.append(f"## {name}\n\n{machine_line(content)}")
         for section, table in SECTIONS.items():
             parts.append(f"### {section}\n\n{table(content)}")
+            if (kind, section) in REASONS:
+                parts.append(REASONS[kind, section])
         if rows_of(content, "growth"):
             written.append(output / "results" / f"ratio-{kind}.svg")
             plot(content, written[-1])
@@ -269,6 +271,25 @@ def render(output: Path) -> list[Path]:
     return written
 
 
+# Why what misses its target does; the tables beside it hold the figures.
+REASONS = {
+    (
+        "cpu",
+        "Targets",
+    ): """**What misses, and why.**
+
+- *Eager decoding of one token, the more the larger M.* A sub-layer is some thirty operators, its norm's included, and
+  an operator costs Python and torch the same few microseconds whatever its size: about a tenth of a millisecond for
+  each sub-layer and token. That is much at d = 512, where a dense layer's whole work is two milliseconds, and less
+  the larger the model is (98M and 325M below; "d, one token"). Compiled, the operators are fused and it is gone.
+- *The loop.* It cannot be slower over Finedeep than it is over dense, give or take what Finedeep costs itself. With 8
+  experts its matrices are still large enough for two cores to be busy with them, so that it loses little in prefill
+  and training; it falls behind with K ("K" below, and 2x32 in the table of models). Decoding reads the same weights
+  in all three, and on this machine that reading is most of the time.
+- *Memory at M = 4.* Backward needs the input of each sub-layer and the output of its norm, 2 d numbers a token, M
+  times where a dense layer needs them once. Everything else is kept as by the dense FFN or less. Gradient
+  checkpointing takes it away, as with Llama.""",
+}
 NAMES = {"cpu": "CPU", "cuda": "GPU"}
 
 
