@@ -291,7 +291,7 @@ def weight_is_readable(linear: nn.Module) -> bool:
 
 
 def bmm_is_slow(x: torch.Tensor) -> bool:
-    """Whether K rows for each token, zeros but for one a_k, beat torch's K products: in bfloat16 on a CPU (measured)."""
+    """Whether K rows a token, zeros but for one a_k, beat torch's K products: in bfloat16 on a CPU (measured)."""
     return x.dtype == torch.bfloat16 and x.device.type == "cpu"
 
 
