@@ -293,6 +293,16 @@ REASONS = {
   its place, 15 of them a layer with M = 2 where Llama has 9. That is some milliseconds a layer, whatever the sizes.
   `remote code` has the import of the model's code, and of what that imports from transformers, in its time; the other
   two have imported theirs before.""",
+    (
+        "cpu",
+        "How the cost grows",
+    ): """**What is not flat, and why.**
+
+- *From 8,192 tokens on.* A tensor of activations is then larger than 32 MB, and glibc takes such memory anew from the
+  operating system and gives it back each time; Finedeep's scores and weighted activations are two such tensors more.
+  With `MALLOC_MMAP_THRESHOLD_` and `MALLOC_TRIM_THRESHOLD_` set to some gigabytes the difference is gone.
+- *Small d, large M, large K at one token.* The operators between the matrix products cost the same whatever d is, and
+  there are M times as many of them; K outputs of length d are read and written for a token.""",
 }
 NAMES = {"cpu": "CPU", "cuda": "GPU"}
 
