@@ -289,6 +289,8 @@ REASONS = {
 - *Memory at M = 4.* Backward needs the input of each sub-layer and the output of its norm, 2 d numbers a token, M
   times where a dense layer needs them once. Everything else is kept as by the dense FFN or less. Gradient
   checkpointing takes it away, as with Llama.
+- *Training with gradient checkpointing* has no target of its own and costs more over dense than training without it
+  (the rows "checkpointing" below). Why has not been found.
 - *Loading.* With the files in the page cache it is Python that takes the time: a module is made and a tensor put into
   its place, 15 of them a layer with M = 2 where Llama has 9. That is some milliseconds a layer, whatever the sizes.
   `remote code` has the import of the model's code, and of what that imports from transformers, in its time; the other
