@@ -35,7 +35,7 @@ class Case:
         return asdict(self)
 
 
-MK = ((1, 8), (2, 8), (4, 4), (2, 32))
+CUTS = ((1, 8), (2, 8), (4, 4), (2, 32))  # M and K
 EAGER = (
     Case("prefill", 1, 2048),
     Case("prefill", 8, 512),
@@ -54,7 +54,7 @@ COMPILED = (
 
 def of_every_cut(cases: tuple[Case, ...]) -> Iterator[Case]:
     """The cases with each M and K."""
-    for M, K in MK:
+    for M, K in CUTS:
         for case in cases:
             yield replace(case, M=M, K=K)
 

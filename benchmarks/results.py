@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .cases import CUTS
 from .timing import quartiles, ratios
 
 Row = dict[str, Any]
@@ -36,7 +37,6 @@ TARGETS: dict[str, list[tuple[str, Row, str, float]]] = {
 }
 MEMORY_LIMIT = {"cpu": 1.05, "cuda": 1.03}
 LOAD_LIMIT = 1.10
-CUTS = ((1, 8), (2, 8), (4, 4), (2, 32))
 
 
 def rows_of(content: dict, group: str) -> list[Row]:
