@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,20 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from .. import configuration_finedeep, modeling_finedeep
+from .calibration import Calibration, LayerErrors
 from .destination import DIFFERENCES, check_free, check_room, whole_folder
 from .errors import ConversionError
+from .hashing import sha256
 from .mapping import Target
-from .neurons import FORMULAS, Layer, assign, gather, layer_generator
-from .plan import CAST, Options, Plan, make_plan, same_plan
+from .neurons import FORMULAS, assign
+from .plan import Options, Plan, make_plan, same_plan
 from .probe import LayerProbe, probe_tokens
-from .receipt import NEURONS, neuron_table, sha256, write_receipt
+from .receipt import NEURONS, neuron_table, write_receipt
 from .shards import FolderWriter, write_index
 from .source import DenseCheckpoint, open_checkpoint, read_json
+from .tensors import made
 
 CODE_FILES = (Path(configuration_finedeep.__file__), Path(modeling_finedeep.__file__))
-BLOCK = 2**22  # values of a weight that are worked on at a time
 SMALL_FILES = 50 * 10**6  # a generous share of the disk for tokenizer, code and configuration
 
 
@@ -44,6 +45,7 @@ class Conversion:
     finedeep_parameters: int
     exact: bool
     relative_ffn_difference: list[float]
+    calibration: list[LayerErrors]
 
 
 def convert_checkpoint(
@@ -84,9 +86,12 @@ def convert_checkpoint(
     check_room(destination, plan.nbytes + SMALL_FILES)
     with whole_folder(destination, same_plan(plan), resume) as folder, _background() as background:
         hashes = {file.name: background.submit(sha256, file) for file in plan.dense.files}
-        neurons = _neurons_of(plan, progress)
+        calibration = Calibration(plan, folder, progress) if plan.options.calibrates else None
+        if calibration is not None:
+            calibration.run()
+        neurons = _neurons_of(plan, calibration, progress)
         with _one_thread():
-            differences = _write_weights(folder, plan, neurons, progress)
+            differences = _write_weights(folder, plan, neurons, calibration, progress)
         write_index(folder, plan.shards)
         plan.config.save_pretrained(folder)
         _write_companions(folder, plan.dense)
@@ -95,8 +100,13 @@ def convert_checkpoint(
         found = {name: future.result() for name, future in hashes.items()}
         is_folder = Path(source).is_dir()
         name = plan.dense.folder.resolve().name if is_folder else str(source)
-        write_receipt(folder, plan, name, None if is_folder else plan.dense.folder.name, found, differences)
+        revision_found = None if is_folder else plan.dense.folder.name
+        record = calibration.record() if calibration is not None else None
+        errors = calibration.errors() if calibration is not None else []
+        write_receipt(folder, plan, name, revision_found, found, differences, record)
         (folder / DIFFERENCES).unlink(missing_ok=True)
+        if calibration is not None:
+            calibration.remove()
     return Conversion(
         folder=destination,
         num_expert_sublayers=plan.options.num_expert_sublayers,
@@ -107,6 +117,7 @@ def convert_checkpoint(
         finedeep_parameters=plan.finedeep_parameters,
         exact=plan.exact,
         relative_ffn_difference=differences,
+        calibration=errors,
     )
 
 
@@ -115,35 +126,22 @@ def plan_conversion(source: str | Path, *, revision: str | None = None, **option
     return make_plan(open_checkpoint(source, revision), Options(**options))
 
 
-def _neurons_of(plan: Plan, progress: bool) -> list[torch.Tensor]:
+def _neurons_of(plan: Plan, calibration: Calibration | None, progress: bool) -> list[torch.Tensor]:
     """For each layer, (M, K, e) numbers of dense neurons; in grow mode the first sub-layer has them all."""
-    o, config = plan.options, plan.dense_config
+    layers = range(plan.dense_config.num_hidden_layers)
+    if calibration is not None:
+        return [calibration.layer(i).neurons for i in layers]
 
     @cache
     def activities() -> list[torch.Tensor]:
         from .activity import mean_activity
 
-        return mean_activity(plan.dense.folder, config, Path(o.text), progress)
+        return mean_activity(plan.dense.folder, plan.dense_config, Path(plan.options.text), progress)
 
-    gates = {target.layer: target.piece for target in plan.targets if target.name.endswith("gate_proj.weight")}
+    def not_measured() -> torch.Tensor:
+        raise ConversionError("nonlinearity is measured in calibration only; add --calibrate (calibrate=).")
 
-    def gate(index: int) -> torch.Tensor:
-        piece = gates[index]
-        return plan.dense.load(piece.stored).narrow(0, piece.start, piece.rows)
-
-    found = []
-    for i in range(config.num_hidden_layers):
-        layer = Layer(
-            index=i,
-            width=config.intermediate_size,
-            num_sublayers=1 if o.mode == "grow" else o.num_expert_sublayers,
-            num_experts=o.num_experts_per_sublayer,
-            generator=layer_generator(o.seed, i),
-            gate=partial(gate, i),
-            activity=lambda i=i: activities()[i],
-        )
-        found.append(assign(o.assignment, layer))
-    return found
+    return [assign(plan.options.assignment, plan.layer(i, lambda i=i: activities()[i], not_measured)) for i in layers]
 
 
 @contextmanager
@@ -167,8 +165,13 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _write_weights(folder: Path, plan: Plan, neurons: list[torch.Tensor], progress: bool) -> list[float]:
-    """Write the shards that are not there yet. Returns each layer's relative difference on the probe batch."""
+def _write_weights(
+    folder: Path, plan: Plan, neurons: list[torch.Tensor], calibration: Calibration | None, progress: bool
+) -> list[float]:
+    """Write the shards that are not there yet. Returns each layer's relative difference on the probe batch.
+
+    Calibrated layers are not probed: they have been measured on the stream itself.
+    """
     if plan.options.assignment not in FORMULAS:
         save_file(neuron_table(neurons), folder / NEURONS)
         (folder / NEURONS).chmod(0o644)
@@ -187,10 +190,11 @@ def _write_weights(folder: Path, plan: Plan, neurons: list[torch.Tensor], progre
     with bar, FolderWriter(folder, plan.shards) as writer:
         for layer, layer_targets in by_layer.items():
             missing = {t.name for t in layer_targets if shard_of[t.name].file_name not in finished}
-            probed = layer >= 0 and str(layer) not in known
+            probed = layer >= 0 and calibration is None and str(layer) not in known
+            ready = calibration.layer(layer).tensors if calibration is not None and layer >= 0 else {}
             probe = _layer_probe(h, plan, layer) if probed else None
             wanted = [target for target in layer_targets if probed or target.name in missing]
-            for target, blocks in _made(plan, wanted, neurons, probe):
+            for target, blocks in made(plan, wanted, neurons, probe, ready):
                 for rows in blocks:
                     if target.name in missing:
                         writer.write(target.name, rows)
@@ -200,82 +204,7 @@ def _write_weights(folder: Path, plan: Plan, neurons: list[torch.Tensor], progre
             if probe is not None:
                 known[str(layer)] = probe.difference()
                 (folder / DIFFERENCES).write_text(json.dumps(known), encoding="utf-8")
-    return [known[str(i)] for i in range(plan.dense_config.num_hidden_layers)]
-
-
-def _made(
-    plan: Plan, wanted: list[Target], neurons: list[torch.Tensor], probe: LayerProbe | None
-) -> Iterator[tuple[Target, Iterator[torch.Tensor]]]:
-    """The tensors of one layer, each a few rows at a time. The probe sees what is read and what is made of it."""
-    stored_name, stored = None, torch.empty(0)
-    cast = CAST[plan.options.dtype]
-    for target in wanted:
-        if target.part in ("zeros", "random"):
-            yield target, iter([_new(target, cast or plan.dense.tensors[target.piece.stored].dtype, plan)])
-            continue
-        if target.piece.stored != stored_name:
-            stored_name, stored = target.piece.stored, plan.dense.load(target.piece.stored)
-        tensor = stored.narrow(0, target.piece.start, target.piece.rows)
-        module, kind = _place_in_ffn(target.name)
-        if probe is not None and module and target.m == 0:
-            for _ in probe.dense.watch(module, kind, _split(tensor)):
-                pass
-        blocks = _blocks(tensor, target, neurons, plan)
-        if cast is not None and tensor.dtype != cast:
-            blocks = (_cast(target.piece.stored, rows, cast) for rows in blocks)
-        if probe is not None and module:
-            blocks = probe.sublayer(target.m).watch(module, kind, blocks)
-        yield target, blocks
-
-
-def _split(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Blocks of rows, so that memory does not grow with the tensor and what is made is written meanwhile."""
-    return tensor.split(_rows_in_a_block(tensor))
-
-
-def _rows_in_a_block(tensor: torch.Tensor) -> int:
-    return max(1, BLOCK * len(tensor) // tensor.numel())
-
-
-def _blocks(tensor: torch.Tensor, target: Target, neurons: list[torch.Tensor], plan: Plan) -> Iterator[torch.Tensor]:
-    if target.part == "share":
-        grown = plan.options.mode == "grow"
-        experts = plan.options.num_experts_per_sublayer * (1 if grown else plan.options.num_expert_sublayers)
-        yield (tensor / experts).expand(target.shape)
-    elif target.part == "whole":
-        yield from _split(tensor)
-    elif target.dim == 0:
-        order = neurons[target.layer][target.m].flatten()
-        yield from (gather(tensor, 0, part) for part in order.split(_rows_in_a_block(tensor)))
-    else:
-        yield from (gather(rows, 1, neurons[target.layer][target.m]) for rows in _split(tensor))
-
-
-def _place_in_ffn(name: str) -> tuple[str, str]:
-    """("gate_proj", "weight") and the like, or ("", "") for a tensor that is no part of the FFN's function here."""
-    module, kind = name.split(".")[-2:]
-    if kind == "expert_bias":
-        return "down_proj", "bias"
-    return (module, kind) if ".sublayers." in name and module.endswith("_proj") else ("", "")
-
-
-def _new(target: Target, dtype: torch.dtype, plan: Plan) -> torch.Tensor:
-    """A tensor that no dense tensor is the source of."""
-    if target.part == "zeros":
-        return torch.zeros(target.shape, dtype=dtype)
-    place = f"{plan.options.seed} {target.name}"
-    generator = torch.Generator().manual_seed(zlib.crc32(place.encode()))
-    return torch.empty(target.shape).normal_(std=plan.config.initializer_range, generator=generator).to(dtype)
-
-
-def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    cast = tensor.to(dtype)
-    if not torch.isfinite(torch.stack(cast.aminmax())).all():
-        raise ConversionError(
-            f"tensor {name} has values up to {tensor.abs().max().item():.3g}, too large for {dtype}; keep its dtype or "
-            "choose bfloat16."
-        )
-    return cast
+    return [known[str(i)] for i in range(plan.dense_config.num_hidden_layers) if str(i) in known]
 
 
 def _probe_batch(plan: Plan) -> torch.Tensor:

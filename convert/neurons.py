@@ -26,6 +26,7 @@ class Layer:
     generator: torch.Generator  # seeded by the conversion's seed and the layer
     gate: Callable[[], torch.Tensor]  # reads W_gate (width, hidden)
     activity: Callable[[], torch.Tensor]  # measures mean |activation| of each neuron (width,) on the user's text
+    nonlinearity: Callable[[], torch.Tensor]  # measures how far each neuron (width,) is from a linear map of its input
 
     @property
     def groups(self) -> int:
@@ -79,6 +80,12 @@ def random(layer: Layer) -> torch.Tensor:
 def activity(layer: Layer) -> torch.Tensor:
     """The most active neurons first, by their mean |activation| on a text: sub-layer 1 has the most active."""
     return torch.argsort(layer.activity(), descending=True, stable=True)
+
+
+@register_assignment("nonlinearity")
+def nonlinearity(layer: Layer) -> torch.Tensor:
+    """The least linear neurons first. Sub-layer 1 reads what it was trained on; later ones need a linear correction."""
+    return torch.argsort(layer.nonlinearity(), descending=True, stable=True)
 
 
 @register_assignment("clusters")

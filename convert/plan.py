@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,11 +15,13 @@ from transformers import LlamaConfig, PretrainedConfig
 from ..configuration_finedeep import FinedeepConfig
 from .errors import ConversionError
 from .families import FAMILIES, Family, why_not
+from .hashing import sha256
 from .mapping import RECOMPUTED, Target, dense_shapes, family_config, pieces, some, targets
-from .neurons import ASSIGNMENTS
+from .neurons import ASSIGNMENTS, Layer, layer_generator
 from .shards import Entry, Shard, parse_size, plan_shards, size
 from .source import DenseCheckpoint
 
+Measure = Callable[[], torch.Tensor]
 MODES = {
     "split": "the dense neurons are shared by all sub-layers: the same size",
     "grow": "sub-layer 1 has the dense neurons, new ones start with a zero W_down: exact for any M, and larger",
@@ -51,11 +53,28 @@ class Options:
     routing_input: str = "expert_output"
     routing_function: str = "sigmoid"
     mode: str = "split"
-    assignment: str = "contiguous"
+    assignment: str | None = None
     text: str | None = None
+    calibrate: str | None = None
+    calibration_tokens: int = 262_144
+    calibration_steps: int = 400
     seed: int = 0
     dtype: str = "keep"
     max_shard_size: str = "5GB"
+
+    def __post_init__(self) -> None:
+        if self.assignment is None:
+            object.__setattr__(self, "assignment", "nonlinearity" if self.calibrates else "contiguous")
+
+    @property
+    def exact(self) -> bool:
+        """Whether the logits will equal the dense model's whatever else is asked for."""
+        return self.num_expert_sublayers == 1 or self.mode == "grow"
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether there is something to calibrate, and the user wants it."""
+        return self.calibrate is not None and not self.exact
 
     def check(self) -> None:
         """Raise `ConversionError` for an option that cannot be met."""
@@ -65,8 +84,16 @@ class Options:
                 raise ConversionError(
                     f"{field}={getattr(self, field)!r} is not known; known are: {', '.join(map(repr, values))}."
                 )
-        if self.assignment == "activity" and self.text is None:
+        if self.assignment == "activity" and self.text is None and not self.calibrates:
             raise ConversionError("assignment 'activity' measures on a text; name one (--assignment-text, or text=).")
+        if self.assignment == "nonlinearity" and not self.calibrates:
+            raise ConversionError(
+                "assignment 'nonlinearity' is measured in calibration; add --calibrate (calibrate=), with M >= 2."
+            )
+        for field, least in {"calibration_tokens": 1, "calibration_steps": 0}.items():
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConversionError(f"{field}={value!r} is not a whole number of at least {least}.")
         parse_size(self.max_shard_size)
 
 
@@ -107,7 +134,21 @@ class Plan:
     @property
     def exact(self) -> bool:
         """Whether the logits will equal the dense model's."""
-        return self.options.num_expert_sublayers == 1 or self.options.mode == "grow"
+        return self.options.exact
+
+    def layer(self, i: int, activity: Measure, nonlinearity: Measure) -> Layer:
+        """What an assignment may know of layer i; the last two measure, (width,) each, when they are called."""
+        piece = next(t.piece for t in self.targets if t.layer == i and t.name.endswith("gate_proj.weight"))
+        return Layer(
+            index=i,
+            width=self.dense_config.intermediate_size,
+            num_sublayers=1 if self.options.mode == "grow" else self.options.num_expert_sublayers,
+            num_experts=self.options.num_experts_per_sublayer,
+            generator=layer_generator(self.options.seed, i),
+            gate=lambda: self.dense.load(piece.stored).narrow(0, piece.start, piece.rows),
+            activity=activity,
+            nonlinearity=nonlinearity,
+        )
 
     @property
     def memory(self) -> int:
@@ -284,10 +325,12 @@ def same_plan(plan: Plan) -> dict[str, Any]:
     """What has to be the same for a stopped run to be gone on with, as JSON."""
     sources = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in plan.dense.files}
     layout = [[shard.file_name, shard.nbytes, len(shard.entries)] for shard in plan.shards]
+    text = plan.options.calibrate if plan.options.calibrates else None
     return {
         "source": str(Path(plan.dense.folder).resolve()),
         "source files": sources,
         "options": dataclasses.asdict(plan.options),
         "config": plan.config.to_json_string(),
         "shards": layout,
+        "calibration text": sha256(Path(text)) if text not in (None, "self") and Path(text).is_file() else text,
     }

@@ -4,10 +4,8 @@ The same source, options and versions give the same receipt and the same weights
 """
 
 import dataclasses
-import hashlib
 import json
-import mmap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,12 +18,17 @@ from .source import read_json
 
 RECEIPT = "finedeep_conversion.json"
 NEURONS = "finedeep_neurons.safetensors"
-WINDOW = 2**26  # bytes
 PACKAGES = ("finedeep", "transformers", "torch", "safetensors")
 
 
 def write_receipt(
-    folder: Path, plan: Plan, source: str, revision: str | None, hashes: dict[str, str], differences: Sequence[float]
+    folder: Path,
+    plan: Plan,
+    source: str,
+    revision: str | None,
+    hashes: dict[str, str],
+    differences: Sequence[float],
+    calibration: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `finedeep_conversion.json`.
 
@@ -36,6 +39,7 @@ def write_receipt(
         revision: the commit of a Hub source.
         hashes: SHA-256 of each source file.
         differences: for each layer, ||cut - dense|| / ||dense|| of the FFN's output on the probe batch.
+        calibration: what `Calibration.record` says.
     """
     receipt = {
         "source": {
@@ -51,6 +55,7 @@ def write_receipt(
         "padded_neurons": plan.padded_neurons,
         "parameters": {"dense": plan.dense_parameters, "finedeep": plan.finedeep_parameters},
         "relative_ffn_difference": [float(f"{difference:.2e}") for difference in differences],
+        "calibration": calibration,
         "versions": {package: version(package) for package in PACKAGES},
     }
     text = json.dumps(receipt, indent=2, ensure_ascii=False)
@@ -61,21 +66,6 @@ def read_receipt(path: Path) -> dict[str, Any]:
     """A receipt's content; `path` is the file or its folder. Raises `ConversionError` where there is none."""
     path = path / RECEIPT if path.is_dir() else path
     return read_json(path, "a conversion's receipt")
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal. It is mapped, not copied, and let go of window by window."""
-    digest = hashlib.sha256()
-    with (
-        path.open("rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
-        memoryview(mapped) as content,
-    ):
-        for begin in range(0, len(content), WINDOW):
-            digest.update(content[begin : begin + WINDOW])
-            if hasattr(mmap, "MADV_DONTNEED"):
-                mapped.madvise(mmap.MADV_DONTNEED, begin, min(WINDOW, len(content) - begin))
-    return digest.hexdigest()
 
 
 def neuron_table(neurons: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:

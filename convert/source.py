@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
 from .errors import ConversionError
 
@@ -195,6 +196,13 @@ def _inside(folder: Path, path: Path) -> Path:
     if not any(path.resolve().is_relative_to(place) for place in allowed):
         raise ConversionError(f"{path} is a link out of its folder, to {path.resolve()}. Put the file itself there.")
     return path
+
+
+def load_dense(folder: Path, config: PretrainedConfig) -> PreTrainedModel:
+    """A dense model, whole, in its own dtype, by its family's class in transformers."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+        folder, config=config, dtype="auto", use_safetensors=True
+    )
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

@@ -17,14 +17,14 @@ PEAK_LEARNING_RATE = 3e-3
 WARMUP_STEPS = 40
 
 
-def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterator[str], vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
     """Byte-level BPE on the first texts of the stream."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocabulary, special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(islice(texts, 2000), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(

@@ -14,9 +14,10 @@ import torch
 from conftest import make_dense
 from finedeep.convert import ConversionError, convert_checkpoint, register_assignment
 from finedeep.convert.destination import unfinished_folder
+from finedeep.convert.hashing import sha256
 from finedeep.convert.neurons import ASSIGNMENTS, balanced_clusters
 from finedeep.convert.plan import Options
-from finedeep.convert.receipt import RECEIPT, sha256
+from finedeep.convert.receipt import RECEIPT
 from finedeep_cli import convert_command, main
 from safetensors.torch import load_file
 from test_convert import assert_same_logits, fingerprint, load

@@ -1,0 +1,210 @@
+"""Calibration: after a cut with M >= 2, bring every layer as near to the dense model's as a text can teach it.
+
+Layer by layer, in one pass. Each layer climbs a ladder, and keeps what is best on held-out tokens: the cut as it is;
+two closed-form corrections (`closed_form`); training on the dense FFN's own work (`blockwise`), for the last layer on
+the dense model's next-token probabilities.
+"""
+
+import copy
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+
+from .activity import activity_on, nonlinearity_on
+from .blockwise import Objective, error_of, fit, logit_divergence, stream_error
+from .calibration_text import SELF, sampled_windows, text_windows
+from .closed_form import correct
+from .errors import ConversionError
+from .hashing import sha256
+from .neurons import assign
+from .plan import Plan
+from .source import load_dense
+from .stream import Stream, over_chunks, sublayers_from, through
+from .tensors import cast, layer_tensors
+
+WINDOWS = ".calibration-windows.safetensors"
+LAYER = ".calibrated-{}.safetensors"
+NEURONS = "neurons"  # beside the tensors in a layer's file
+HELD_OUT = 1 / 16  # of the windows
+TOKENS_PER_CHANNEL = 4  # at least: least squares would learn fewer by heart
+
+
+@dataclass(frozen=True)
+class LayerErrors:
+    """How far a converted layer is from the dense one, on held-out tokens, at each rung of the ladder.
+
+    ||h - h*|| / ||h* - u*||, with h the stream after the layer, u the stream before its FFN and * for the dense model.
+    What earlier layers have got wrong is in it.
+    """
+
+    cut: float
+    closed_form: float
+    calibrated: float
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A layer's sub-layers as tensors by their names in the checkpoint, with their neurons (M, K, e)."""
+
+    tensors: Mapping[str, torch.Tensor]
+    neurons: torch.Tensor
+    errors: LayerErrors
+
+
+class Calibration:
+    """Calibrates a plan's layers. Each is kept in `folder`, so that a stopped run can go on with the next."""
+
+    def __init__(self, plan: Plan, folder: Path, progress: bool):
+        self.plan, self.folder, self.progress = plan, folder, progress
+        self.device = best_device()
+        self.r = plan.config.residual_multiplier
+
+    def run(self) -> None:
+        """Calibrate the layers that are not there yet.
+
+        Raises:
+            ConversionError: the text is too short, or the model's activations are not finite.
+        """
+        windows = self._windows()
+        held = held_out(windows)
+        hidden, learned = self.plan.config.hidden_size, (len(windows) - held) * windows.shape[1]
+        if learned < TOKENS_PER_CHANNEL * hidden:
+            raise ConversionError(
+                f"{windows.numel()} tokens leave {learned} to learn from; with hidden size {hidden}, "
+                f"{TOKENS_PER_CHANNEL * hidden} are wanted at least. Name a longer text, raise calibration_tokens, or "
+                f"sample a text from the dense model ('{SELF}')."
+            )
+        layers, steps = self.plan.config.num_hidden_layers, self.plan.options.calibration_steps
+        stream = Stream(self.plan, windows, self.device)
+        bar = tqdm(total=layers * steps, desc="Calibrating", unit="step", disable=None if self.progress else True)
+        with bar:
+            for i in range(layers):
+                self._layer(stream, i, held * windows.shape[1], bar)
+                bar.update((i + 1) * steps - bar.n)
+
+    def layer(self, i: int) -> Calibrated:
+        """A layer that has been calibrated."""
+        path = self.folder / LAYER.format(i)
+        with safe_open(path, framework="pt") as file:
+            errors = json.loads(file.metadata()["errors"])
+        tensors = load_file(path)
+        neurons = tensors.pop(NEURONS)
+        return Calibrated(tensors, neurons, LayerErrors(**errors))
+
+    def errors(self) -> list[LayerErrors]:
+        """Each layer's."""
+        return [self.layer(i).errors for i in range(self.plan.config.num_hidden_layers)]
+
+    def record(self) -> dict[str, Any]:
+        """For the receipt: on what, and how near each layer came."""
+        windows = self._windows()
+        source = self.plan.options.calibrate
+        return {
+            "text": SELF if source == SELF else {"name": Path(source).name, "sha256": sha256(Path(source))},
+            "tokens": windows.numel(),
+            "held_out_tokens": held_out(windows) * windows.shape[1],
+            "relative_errors": [
+                {rung: float(f"{error:.3g}") for rung, error in asdict(errors).items()} for errors in self.errors()
+            ],
+        }
+
+    def remove(self) -> None:
+        """Remove what was kept to go on with."""
+        for path in self.folder.glob(".calibrat*.safetensors"):
+            path.unlink()
+
+    def _windows(self) -> torch.Tensor:
+        """(windows, seq) token ids; the first are held out."""
+        path, o = self.folder / WINDOWS, self.plan.options
+        if not path.exists():
+            if o.calibrate == SELF:
+                model = load_dense(self.plan.dense.folder, self.plan.dense_config).to(self.device)
+                found = sampled_windows(model, o.calibration_tokens, o.seed, self.progress)
+            else:
+                found = text_windows(self.plan.dense.folder, Path(o.calibrate), self.plan.config, o.calibration_tokens)
+                found = found[torch.randperm(len(found), generator=torch.Generator().manual_seed(o.seed))]
+            _save_whole({"windows": found.contiguous()}, path)
+        return load_file(path)["windows"]
+
+    def _layer(self, stream: Stream, i: int, held: int, bar: tqdm) -> None:
+        """Take the streams past a layer, having calibrated it where that was not done."""
+        plan, path = self.plan, self.folder / LAYER.format(i)
+        ffn = stream.attend(i)
+        before = stream.dense.clone()
+        over_chunks(partial(through, [ffn], r=self.r), stream.dense, self.device)
+        if not path.exists():
+            u, dense_u, wanted = (h.flatten(0, 1) for h in (stream.finedeep, before, stream.dense))
+            layer = plan.layer(i, partial(activity_on, ffn, dense_u), partial(nonlinearity_on, ffn, dense_u))
+            neurons = assign(plan.options.assignment, layer)
+            tensors = {name: t for name, t in layer_tensors(plan, i, neurons).items() if ".sublayers." in name}
+            cut = sublayers_from(plan.config, tensors, i, self.device)
+            sublayers, errors = self._climb(cut, u, dense_u, wanted, i, held, bar)
+            for name, tensor in sublayers.state_dict().items():
+                name = f"model.layers.{i}.sublayers.{name}"
+                tensors[name] = cast(name, tensor.cpu(), tensors[name].dtype)
+            _save_whole({NEURONS: neurons, **tensors}, path, {"errors": json.dumps(asdict(errors))})
+            if not bar.disable:
+                rungs = ", ".join(f"{rung.replace('_', ' ')} {error:.3f}" for rung, error in asdict(errors).items())
+                bar.write(f"layer {i}: relative error {rungs}")
+        sublayers = sublayers_from(plan.config, load_file(path), i, self.device)  # rounded as they will be written
+        over_chunks(partial(through, sublayers, r=self.r), stream.finedeep, self.device)
+
+    def _climb(
+        self,
+        cut: nn.ModuleList,
+        u: torch.Tensor,
+        dense_u: torch.Tensor,
+        wanted: torch.Tensor,
+        i: int,
+        held: int,
+        bar: tqdm,
+    ) -> tuple[nn.ModuleList, LayerErrors]:
+        """The best rung, and the error of each. Args: u, dense_u and wanted (tokens, hidden), the streams."""
+        relative = stream_error((wanted - dense_u)[:held].pow(2).mean().item())
+        objective = self._divergence if i == self.plan.config.num_hidden_layers - 1 else relative
+
+        def error(sublayers: nn.ModuleList, objective: Objective = objective) -> float:
+            return error_of(sublayers, u[:held], wanted[:held], self.r, objective)
+
+        corrected = copy.deepcopy(cut)
+        correct(corrected, u, dense_u, self.r, held)
+        calibrated = copy.deepcopy(min((cut, corrected), key=error))
+        if steps := self.plan.options.calibration_steps:
+            generator = torch.Generator().manual_seed(self.plan.options.seed)
+            for lowest in fit(calibrated, u, wanted, self.r, objective, held=held, steps=steps, generator=generator):
+                bar.update()
+                bar.set_postfix_str(f"layer {i}, held out {lowest:.4f}", refresh=False)
+        return calibrated, LayerErrors(*(error(rung, relative) ** 0.5 for rung in (cut, corrected, calibrated)))
+
+    @cached_property
+    def _divergence(self) -> Objective:
+        dense = self.plan.dense
+        head = dense.load("model.embed_tokens.weight" if self.plan.config.tie_word_embeddings else "lm_head.weight")
+        norm = dense.load("model.norm.weight").float().to(self.device)
+        return logit_divergence(norm, head.float().to(self.device), self.plan.config)
+
+
+def held_out(windows: torch.Tensor) -> int:
+    """How many windows are held out."""
+    return max(1, round(len(windows) * HELD_OUT))
+
+
+def best_device() -> torch.device:
+    """The accelerator where there is one."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def _save_whole(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    scratch = path.with_name(f"{path.name}.new")
+    save_file(tensors, scratch, metadata)
+    os.replace(scratch, path)

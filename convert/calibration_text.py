@@ -1,0 +1,116 @@
+"""The tokens that calibration and healing go by: of a text, or sampled from the dense model itself."""
+
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedModel
+
+from .errors import ConversionError
+
+SELF = "self"
+WINDOW = 512  # tokens, or as many as the model has positions for
+CACHE = 2**30  # bytes of keys and values of the texts that are sampled at a time
+CHARACTERS = 16  # that a token is long at most, on average: what of a text is read
+
+
+def window_of(config: object) -> int:
+    """Tokens in a window for a model."""
+    return min(WINDOW, config.max_position_embeddings)
+
+
+def read_tokens(folder: Path, text: Path, vocabulary: int, most: int | None = None) -> torch.Tensor:
+    """Token ids (tokens,) of a text by a folder's tokenizer; of a long text some `most` or more, from all over it.
+
+    Raises:
+        ConversionError: there is no tokenizer, or not the model's; the text cannot be read or is empty.
+    """
+    try:
+        content = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConversionError(f"{text} cannot be read as a text ({error}); a UTF-8 text file is wanted.") from error
+    if not content.strip():
+        raise ConversionError(f"{text} is empty; a text like those that the model is for is wanted.")
+    if most is not None and len(content) > most * CHARACTERS:
+        pieces = 64
+        size, apart = most * CHARACTERS // pieces, len(content) // pieces
+        content = "\n".join(content[i * apart : i * apart + size] for i in range(pieces))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ConversionError(
+            f"{folder} has no tokenizer that can be loaded ({' '.join(str(error).split())[:200]}); one beside the "
+            f"weights is wanted to read {text}."
+        ) from error
+    ids = torch.tensor(tokenizer(content, verbose=False)["input_ids"])
+    if ids.numel() and int(ids.max()) >= vocabulary:
+        raise ConversionError(
+            f"the tokenizer of {folder} gives token {int(ids.max())} for {text}, and the model has {vocabulary} "
+            "tokens. They do not belong together."
+        )
+    return ids
+
+
+def text_windows(folder: Path, text: Path, config: object, tokens: int) -> torch.Tensor:
+    """(windows, seq) token ids: up to `tokens` of them, from all over the text.
+
+    Raises:
+        ConversionError: as `read_tokens`, or the text is shorter than two windows.
+    """
+    length = window_of(config)
+    ids = read_tokens(folder, text, config.vocab_size, tokens)
+    windows = ids[: len(ids) // length * length].view(-1, length)
+    if len(windows) < 2:
+        raise ConversionError(
+            f"{text} has {len(ids)} tokens; at least {2 * length} are wanted, one window of {length} to learn from and "
+            f"one to check on. Name a longer text, or '{SELF}' to sample one from the dense model."
+        )
+    number = min(len(windows), max(2, tokens // length))
+    return windows[torch.linspace(0, len(windows) - 1, number).long()]
+
+
+@torch.inference_mode()
+def sampled_windows(model: PreTrainedModel, tokens: int, seed: int, progress: bool) -> torch.Tensor:
+    """(windows, seq) token ids sampled from a model at temperature 1, each beginning with BOS.
+
+    A model that has no BOS begins each window with a token drawn at random, as does
+    LLM-QAT (arXiv:2305.17888), from which the idea is.
+    """
+    config = model.config
+    length = window_of(config)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * model.dtype.itemsize
+    at_a_time = max(1, CACHE // (per_token * length))
+    number = max(2, tokens // length)
+    found = []
+    generator = torch.Generator().manual_seed(seed)
+    with (
+        torch.random.fork_rng(),
+        tqdm(
+            total=number * length, desc="Sampling", unit="tok", unit_scale=True, disable=None if progress else True
+        ) as bar,
+    ):
+        torch.manual_seed(seed)
+        while number:
+            batch = min(number, at_a_time)
+            number -= batch
+            first = torch.randint(config.vocab_size, (batch, 1), generator=generator)
+            if config.bos_token_id is not None:
+                first.fill_(config.bos_token_id)
+            first = first.to(model.device)
+            texts = model.generate(
+                first,
+                attention_mask=torch.ones_like(first),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                num_beams=1,
+                min_length=length,
+                max_length=length,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+            found.append(texts.cpu())
+            bar.update(texts.numel())
+    return torch.cat(found)
