@@ -10,6 +10,7 @@ from collections.abc import Sequence
 # name of the subcommand -> what it does; its module has `add_arguments(parser)` and `run(arguments)`
 SUBCOMMANDS = {
     "convert": "cut a dense checkpoint into a Finedeep checkpoint",
+    "heal": "train a converted model on, to say what its dense teacher says",
     "export": "turn a Finedeep checkpoint that is a dense model back into one",
     "push": "publish a Finedeep checkpoint on the Hub, with a model card, and check that it arrived",
     "eval": "score a model with lm-evaluation-harness, a dense baseline beside it",

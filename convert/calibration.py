@@ -7,7 +7,6 @@ the dense model's next-token probabilities.
 
 import copy
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
@@ -28,6 +27,7 @@ from .errors import ConversionError
 from .hashing import sha256
 from .neurons import assign
 from .plan import Plan
+from .shards import save_whole
 from .source import load_dense
 from .stream import Stream, over_chunks, sublayers_from, through
 from .tensors import cast, layer_tensors
@@ -133,7 +133,7 @@ class Calibration:
             else:
                 found = text_windows(self.plan.dense.folder, Path(o.calibrate), self.plan.config, o.calibration_tokens)
                 found = found[torch.randperm(len(found), generator=torch.Generator().manual_seed(o.seed))]
-            _save_whole({"windows": found.contiguous()}, path)
+            save_whole({"windows": found.contiguous()}, path)
         return load_file(path)["windows"]
 
     def _layer(self, stream: Stream, i: int, held: int, bar: tqdm) -> None:
@@ -152,7 +152,7 @@ class Calibration:
             for name, tensor in sublayers.state_dict().items():
                 name = f"model.layers.{i}.sublayers.{name}"
                 tensors[name] = cast(name, tensor.cpu(), tensors[name].dtype)
-            _save_whole({NEURONS: neurons, **tensors}, path, {"errors": json.dumps(asdict(errors))})
+            save_whole({NEURONS: neurons, **tensors}, path, {"errors": json.dumps(asdict(errors))})
             if not bar.disable:
                 rungs = ", ".join(f"{rung.replace('_', ' ')} {error:.3f}" for rung, error in asdict(errors).items())
                 bar.write(f"layer {i}: relative error {rungs}")
@@ -202,9 +202,3 @@ def held_out(windows: torch.Tensor) -> int:
 def best_device() -> torch.device:
     """The accelerator where there is one."""
     return torch.accelerator.current_accelerator() or torch.device("cpu")
-
-
-def _save_whole(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    scratch = path.with_name(f"{path.name}.new")
-    save_file(tensors, scratch, metadata)
-    os.replace(scratch, path)

@@ -70,14 +70,16 @@ def text_windows(folder: Path, text: Path, config: object, tokens: int) -> torch
 
 
 @torch.inference_mode()
-def sampled_windows(model: PreTrainedModel, tokens: int, seed: int, progress: bool) -> torch.Tensor:
-    """(windows, seq) token ids sampled from a model at temperature 1, each beginning with BOS.
+def sampled_windows(
+    model: PreTrainedModel, tokens: int, seed: int, progress: bool, length: int | None = None
+) -> torch.Tensor:
+    """(windows, length) token ids sampled from a model at temperature 1, each beginning with BOS.
 
     A model that has no BOS begins each window with a token drawn at random, as does
     LLM-QAT (arXiv:2305.17888), from which the idea is.
     """
     config = model.config
-    length = window_of(config)
+    length = length or window_of(config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * model.dtype.itemsize
     at_a_time = max(1, CACHE // (per_token * length))

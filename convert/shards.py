@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
+from safetensors.torch import save_file
 
 from .errors import ConversionError
 from .source import DTYPES, INDEX, WEIGHTS
@@ -102,6 +103,13 @@ def write_index(folder: Path, shards: list[Shard]) -> None:
     weight_map = {entry.name: shard.file_name for shard in shards for entry in shard.entries}
     index = {"metadata": metadata, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def save_whole(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a small safetensors file whole or not at all."""
+    scratch = path.with_name(f"{path.name}.new")
+    save_file(tensors, scratch, metadata)
+    scratch.replace(path)
 
 
 class ShardWriter:

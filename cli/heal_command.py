@@ -1,0 +1,87 @@
+"""Train a converted model as a whole, to say what its dense teacher says.
+
+What calibration leaves of the gap to the dense model is closed here, with transformers' Trainer: mixed precision,
+checkpoints, loggers and everything else in its TrainingArguments is had by --set NAME=VALUE, and several processes,
+FSDP and DeepSpeed by `accelerate launch -m finedeep_cli heal ...`. A stopped run goes on with --resume.
+
+The loss is W * KL(teacher || model) + (1 - W) * next-token loss, both in nats per token.
+
+examples:
+  finedeep heal ./llama-finedeep ./healed --teacher ./llama                       on text that the teacher makes up
+  finedeep heal ./llama-finedeep ./healed --teacher ./llama --data text.txt
+  finedeep heal ./llama-finedeep ./healed --teacher ./llama --data ORG/DATASET --tokens 50000000
+  finedeep heal ./llama-finedeep ./healed --data text.txt                         without a teacher: next-token loss
+  finedeep heal ./llama-finedeep ./healed --teacher ./llama --set bf16=true --set gradient_accumulation_steps=4
+"""
+
+import argparse
+import json
+from typing import Any
+
+from .argument_types import positive_int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `finedeep heal`."""
+    option = parser.add_argument
+    option("model", metavar="DIR", help="the folder of a Finedeep checkpoint")
+    option("destination", metavar="DST", help="the folder to make; it must not exist, or be empty")
+    option("--teacher", metavar="DENSE", help="a folder or a Hub id: the dense model that DIR was converted from")
+    option(
+        "--data",
+        default="self",
+        metavar="D",
+        help="a text file; a dataset with a column 'text', as NAME, NAME:CONFIG or NAME:CONFIG:SPLIT; or self, to "
+        "sample from the teacher (default)",
+    )
+    option("--tokens", type=positive_int, default=1_048_576, metavar="N", help="of the data (default: %(default)s)")
+    option("--context", type=positive_int, default=256, metavar="N", help="tokens in a sequence (default: %(default)s)")
+    option("--steps", type=positive_int, default=1000, metavar="N", help="of the optimiser (default: %(default)s)")
+    option("--batch-size", type=positive_int, default=16, metavar="N", help="sequences a device (default: %(default)s)")
+    option("--learning-rate", type=float, default=1e-3, metavar="R", help="its peak (default: %(default)s)")
+    option(
+        "--divergence",
+        type=float,
+        metavar="W",
+        help="the teacher's share of the loss, from 0 to 1 (default: 1 with a teacher, 0 without)",
+    )
+    option("--seed", type=int, default=0, help="for sampling and the order of the data (default: 0)")
+    option(
+        "--set",
+        dest="training",
+        type=_field,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a field of transformers' TrainingArguments, the value as JSON or as text; may be given again",
+    )
+    option("--resume", action="store_true", help="go on from the last checkpoint of a run that was stopped")
+    option("--quiet", action="store_true", help="no progress bar, no summary")
+
+
+def _field(text: str) -> tuple[str, Any]:
+    """NAME=VALUE."""
+    name, equals, value = text.partition("=")
+    if not name.isidentifier() or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Heal and say how far it went."""
+    from finedeep.convert.healing import heal
+
+    given = vars(arguments).copy()
+    given.pop("run", None)
+    model, destination, quiet = given.pop("model"), given.pop("destination"), given.pop("quiet")
+    done = heal(model, destination, progress=not quiet, **{**given, "training": dict(given["training"])})
+    if quiet:
+        return
+    print(f"{done.folder}: trained on {done.tokens_seen:,} tokens; on held-out ones, in nats per token:")
+    names = {"next_token": "next-token loss", "divergence": "KL from the teacher"}
+    for name, before in done.before.items():
+        print(f"  {names[name]} {before:.4f} -> {done.after[name]:.4f}")
+    print(f'  load it with AutoModelForCausalLM.from_pretrained("{done.folder}", trust_remote_code=True)')

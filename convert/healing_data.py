@@ -1,0 +1,88 @@
+"""Packed token windows for healing: of a text file, of a dataset, or sampled from the teacher."""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedModel
+
+from .calibration_text import SELF, read_tokens, sampled_windows
+from .errors import ConversionError
+
+COLUMN = "text"
+AT_ONCE = 64  # documents that are tokenised at a time
+
+
+def healing_windows(
+    data: str,
+    folder: Path,
+    vocabulary: int,
+    context: int,
+    tokens: int,
+    teacher: PreTrainedModel | None,
+    seed: int,
+    progress: bool,
+) -> torch.Tensor:
+    """(windows, context) token ids, up to `tokens` of them, in random order.
+
+    Args:
+        data: 'self', a text file, or a dataset as `datasets.load_dataset` takes it, with a column `text`;
+            NAME:CONFIG and NAME:CONFIG:SPLIT name a configuration and a split.
+        folder: where the tokenizer is.
+        vocabulary: tokens that the model knows.
+        context: tokens in a window.
+        tokens: how many are wanted.
+        teacher: whom to sample from.
+        seed: for sampling and the order.
+        progress: whether to show a bar.
+
+    Raises:
+        ConversionError: the data cannot be read.
+    """
+    if data == SELF:
+        return sampled_windows(teacher, tokens, seed, progress, context)
+    if Path(data).is_file():
+        ids = read_tokens(folder, Path(data), vocabulary, tokens)
+    else:
+        ids = _dataset_tokens(data, folder, tokens, progress)
+    windows = ids[: len(ids) // context * context].view(-1, context)
+    generator = torch.Generator().manual_seed(seed)
+    return windows[torch.randperm(len(windows), generator=generator)[: max(2, tokens // context)]]
+
+
+def _dataset_tokens(data: str, folder: Path, tokens: int, progress: bool) -> torch.Tensor:
+    """The first `tokens` of a dataset's documents, each with the tokenizer's special tokens, EOS between them."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found: list[int] = []
+    documents = _documents(data)
+    with tqdm(total=tokens, desc="Reading", unit="tok", unit_scale=True, disable=None if progress else True) as bar:
+        while len(found) < tokens and (some := list(islice(documents, AT_ONCE))):
+            for ids in tokenizer(some, verbose=False)["input_ids"]:
+                found += ids
+                if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+                    found.append(tokenizer.eos_token_id)
+            bar.update(len(found) - bar.n)
+    return torch.tensor(found, dtype=torch.long)
+
+
+def _documents(data: str) -> Iterator[str]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConversionError(f"{data} is no file here, and reading a dataset wants `pip install datasets`.") from error
+    name, _, rest = data.partition(":")
+    configuration, _, split = rest.partition(":")
+    try:
+        rows = datasets.load_dataset(name, configuration or None, split=split or "train", streaming=True)
+        for row in rows:
+            if COLUMN not in row:
+                raise ConversionError(f"dataset {data} has columns {', '.join(row)}; one called '{COLUMN}' is wanted.")
+            yield row[COLUMN]
+    except ConversionError:
+        raise
+    except Exception as error:  # what a dataset's loading raises is anybody's guess
+        raise ConversionError(
+            f"{data} is neither a text file nor a dataset that can be read ({' '.join(str(error).split())[:300]})."
+        ) from error
