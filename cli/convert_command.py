@@ -1,7 +1,8 @@
 """Cut every FFN of a dense checkpoint into M sub-layers of K experts.
 
 The weights are kept as they are and every gate starts at exactly 1. With one sub-layer, and in grow mode, the logits
-equal the dense model's. Otherwise they do not: expect a higher loss until the model is trained on.
+equal the dense model's. Otherwise they do not, and much of the model is lost: --calibrate fits each layer's sub-layers
+to what the dense FFN did, on a text or on one that the dense model makes up; `finedeep heal` then trains the whole.
 
 Families: llama, mistral, qwen2, qwen3, smollm3, phi3, granite, seed_oss. Weights go from safetensors to safetensors one
 tensor at a time; code in the source is never run. The folder appears at DST when it is complete.
@@ -9,17 +10,19 @@ tensor at a time; code in the source is never run. The folder appears at DST whe
 examples:
   finedeep convert ./llama ./llama-finedeep --sublayers 1 --experts 8     exact
   finedeep convert ./llama ./llama-deeper --sublayers 2 --mode grow       exact, with twice the FFN
+  finedeep convert ./llama ./llama-two --sublayers 2 --calibrate self     no text at hand
+  finedeep convert ./llama ./llama-two --calibrate text.txt --resume      hours of work, gone on with when stopped
   finedeep convert ORG/NAME ./finedeep --sublayers 2 --experts 8          from the Hub
   finedeep convert ORG/NAME ./finedeep --dry-run                          show the plan, write nothing
 """
 
 import argparse
 
-from .argument_types import positive_int
+from .argument_types import non_negative_int, positive_int
 
 # The command's name for each of `finedeep.convert.plan.Options`. Their meaning and their defaults are said here, since
 # --help must not import torch; a test holds the two against each other.
-ASSIGNMENTS = ("contiguous", "strided", "random", "activity", "clusters")
+ASSIGNMENTS = ("contiguous", "strided", "random", "activity", "nonlinearity", "clusters")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,11 +56,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(
         "--assignment",
         choices=ASSIGNMENTS,
-        default="contiguous",
         help="which neuron goes to which expert: in their own order (contiguous, default), dealt out (strided), "
-        "shuffled (random), the most active on a text first (activity), or by direction of their gates (clusters)",
+        "shuffled (random), the most active on a text first (activity), the least linear first (nonlinearity, default "
+        "with --calibrate), or by direction of their gates (clusters)",
     )
     option("--assignment-text", dest="text", metavar="FILE", help="the text on which activity is measured")
+    option(
+        "--calibrate",
+        metavar="TEXT",
+        help="fit each layer to the dense one on a text file, or on a text sampled from the dense model (self); there "
+        "is nothing to fit where the conversion is exact",
+    )
+    option(
+        "--calibration-tokens",
+        type=positive_int,
+        default=262_144,
+        metavar="N",
+        help="of the text; a sixteenth is held out (default: %(default)s)",
+    )
+    option(
+        "--calibration-steps",
+        type=non_negative_int,
+        default=400,
+        metavar="N",
+        help="of 4,096 tokens, for each layer; 0: closed-form corrections only (default: %(default)s)",
+    )
     option("--seed", type=int, default=0, help="for random, clusters, new weights and the probe (default: 0)")
     option(
         "--routing-input",
@@ -104,9 +127,18 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{done.folder}: M={M} sub-layers of K={K} experts, {done.expert_intermediate_size} neurons each")
     print(f"  FFN width {M * K * done.expert_intermediate_size} per decoder layer{padding}")
     print(f"  {done.finedeep_parameters:,} parameters (dense: {done.dense_parameters:,}, {growth:+.2%})")
-    print(f"  FFN outputs differ by up to {max(done.relative_ffn_difference):.1e} of the dense ones on a probe batch")
+    if done.calibration:
+        cut, calibrated = (max(getattr(layer, rung) for layer in done.calibration) for rung in ("cut", "calibrated"))
+        print(f"  layers' relative errors on held-out text: up to {cut:.2f} as cut, {calibrated:.2f} calibrated")
+    else:
+        worst = max(done.relative_ffn_difference)
+        print(f"  FFN outputs differ by up to {worst:.1e} of the dense ones on a probe batch")
     if done.exact:
         print("  exact: the logits equal the dense model's")
+        if arguments.calibrate:
+            print("  not calibrated: there was nothing to calibrate")
+    elif done.calibration:
+        print("  not exact: `finedeep heal` brings the loss nearer to the dense model's")
     else:
-        print("  not exact: with M >= 2 the loss is higher than the dense model's until the model is trained on")
+        print("  not exact: much is lost with M >= 2; --calibrate keeps most of it, and `finedeep heal` the rest")
     print(f'  load it with AutoModelForCausalLM.from_pretrained("{done.folder}", trust_remote_code=True)')

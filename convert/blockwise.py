@@ -101,7 +101,8 @@ def fit(
         batch, order = order[:BATCH], order[BATCH:]
         for part in batch.split(objective.rows):
             x, y = u[part].to(device), wanted[part].to(device)
-            (objective.error(through(sublayers, x, r), y) * (len(part) / len(batch))).backward()
+            with torch.enable_grad():
+                (objective.error(through(sublayers, x, r), y) * (len(part) / len(batch))).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()

@@ -7,6 +7,7 @@ the dense model's next-token probabilities.
 
 import copy
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -153,9 +154,9 @@ class Calibration:
                 name = f"model.layers.{i}.sublayers.{name}"
                 tensors[name] = cast(name, tensor.cpu(), tensors[name].dtype)
             save_whole({NEURONS: neurons, **tensors}, path, {"errors": json.dumps(asdict(errors))})
-            if not bar.disable:
+            if self.progress:
                 rungs = ", ".join(f"{rung.replace('_', ' ')} {error:.3f}" for rung, error in asdict(errors).items())
-                bar.write(f"layer {i}: relative error {rungs}")
+                bar.write(f"layer {i}: relative error {rungs}", file=sys.stderr)
         sublayers = sublayers_from(plan.config, load_file(path), i, self.device)  # rounded as they will be written
         over_chunks(partial(through, sublayers, r=self.r), stream.finedeep, self.device)
 

@@ -79,6 +79,17 @@ def read_scores(path: Path) -> list[EvalResult]:
     ]
 
 
+def _exactness(receipt: Mapping[str, Any]) -> str:
+    if receipt.get("exact"):
+        return "Its logits equal the dense model's, to rounding."
+    if receipt.get("calibration"):
+        return (
+            "Its logits do not equal the dense model's. Each layer was calibrated to do what the dense one does; what "
+            "remains of the difference is in the receipt."
+        )
+    return "Its logits do not equal the dense model's: the loss is higher until it is trained on."
+
+
 def make_card(
     repo_id: str, revision: str, config: Mapping[str, Any], receipt: Mapping[str, Any] | None, scores: list[EvalResult]
 ) -> ModelCard:
@@ -96,7 +107,6 @@ def make_card(
         **source.get("license", {}),
     )
     M, K = config["num_expert_sublayers"], config["num_experts_per_sublayer"]
-    exact = (receipt or {}).get("exact")
     return ModelCard.from_template(
         data,
         template_str=TEMPLATE,
@@ -107,9 +117,7 @@ def make_card(
         K=K,
         e=config["intermediate_size"] // (M * K),
         origin=f"[{origin}](https://huggingface.co/{origin})" if is_hub_id else origin,
-        exactness="Its logits equal the dense model's, to rounding."
-        if exact
-        else "Its logits do not equal the dense model's: the loss is higher until it is trained on.",
+        exactness=_exactness(receipt or {}),
         repo_id=repo_id,
         revision=revision,
         parameters={k: f"{v:,}" for k, v in receipt["parameters"].items()} if receipt else None,

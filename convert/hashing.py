@@ -10,6 +10,8 @@ WINDOW = 2**26  # bytes
 def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal. It is mapped, not copied, and let go of window by window."""
     digest = hashlib.sha256()
+    if not path.stat().st_size:  # which cannot be mapped
+        return digest.hexdigest()
     with (
         path.open("rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,

@@ -63,7 +63,7 @@ class Options:
     max_shard_size: str = "5GB"
 
     def __post_init__(self) -> None:
-        if self.assignment is None:
+        if self.assignment is None or (self.assignment == "nonlinearity" and self.calibrate and self.exact):
             object.__setattr__(self, "assignment", "nonlinearity" if self.calibrates else "contiguous")
 
     @property
@@ -87,9 +87,7 @@ class Options:
         if self.assignment == "activity" and self.text is None and not self.calibrates:
             raise ConversionError("assignment 'activity' measures on a text; name one (--assignment-text, or text=).")
         if self.assignment == "nonlinearity" and not self.calibrates:
-            raise ConversionError(
-                "assignment 'nonlinearity' is measured in calibration; add --calibrate (calibrate=), with M >= 2."
-            )
+            raise ConversionError("assignment 'nonlinearity' is measured in calibration; add --calibrate (calibrate=).")
         for field, least in {"calibration_tokens": 1, "calibration_steps": 0}.items():
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -152,28 +150,45 @@ class Plan:
 
     @property
     def memory(self) -> int:
-        """Bytes of weights in memory at a time, roughly: a tensor as it is read and as it is written."""
-        return max(info.nbytes for info in self.dense.tensors.values()) + max(
+        """Bytes of weights and activations in memory at a time, roughly: a tensor as it is read and as it is written.
+
+        Calibration has, in float32, four residual streams and a layer nine times (dense, three rungs, the best so far,
+        gradients, two moments of AdamW, and as it is read), beside the embeddings; `self` has the dense model before.
+        """
+        copying = max(info.nbytes for info in self.dense.tensors.values()) + max(
             entry.nbytes for shard in self.shards for entry in shard.entries
         )
+        if not self.options.calibrates:
+            return copying
+        shapes = dense_shapes(self.dense_config)
+        layer = sum(torch.Size(shape).numel() for name, shape in shapes.items() if ".layers.0." in name)
+        embeddings = torch.Size(shapes["model.embed_tokens.weight"]).numel()
+        streams = 4 * self.options.calibration_tokens * self.config.hidden_size
+        sampling = self.dense.nbytes if self.options.calibrate == "self" else 0
+        return max(4 * (streams + 9 * layer + embeddings), sampling, copying)
 
     def text(self) -> str:
         """The plan for a person to read: every mapping, layers that are alike in one line."""
         o, c = self.options, self.config
         padding = f", {self.padded_neurons} of them zero padding" if self.padded_neurons else ""
         growth = self.finedeep_parameters / self.dense_parameters - 1
+        calibrated = (
+            f"; calibrated on {o.calibration_tokens:,} tokens ({o.calibrate}), {o.calibration_steps} steps a layer"
+            if o.calibrates
+            else ""
+        )
         lines = [
             f"{self.dense.folder}: {self.dense_config.model_type}, {c.num_hidden_layers} layers, hidden size "
             f"{c.hidden_size}, FFN width {self.dense_config.intermediate_size}",
             f"M={o.num_expert_sublayers} sub-layers of K={o.num_experts_per_sublayer} experts of "
             f"{c.expert_intermediate_size} neurons: FFN width {c.intermediate_size}{padding}",
-            f"mode {o.mode}: {MODES[o.mode]}; assignment {o.assignment}, seed {o.seed}, dtype {o.dtype}",
+            f"mode {o.mode}: {MODES[o.mode]}; assignment {o.assignment}, seed {o.seed}, dtype {o.dtype}{calibrated}",
             "",
             *self._mapping_lines(),
             "",
             f"parameters  {self.dense_parameters:,} -> {self.finedeep_parameters:,} ({growth:+.2%})",
             f"disk        {size(self.nbytes)} in {len(self.shards)} file{'s' * (len(self.shards) > 1)}",
-            f"memory      {size(self.memory)} of weights at a time",
+            f"memory      {size(self.memory)} of weights and activations at a time",
             f"logits      {'equal to the dense model' if self.exact else 'not equal to the dense model: M >= 2'}",
         ]
         return "\n".join(lines)
