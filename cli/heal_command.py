@@ -35,7 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "sample from the teacher (default)",
     )
     option("--tokens", type=positive_int, default=1_048_576, metavar="N", help="of the data (default: %(default)s)")
-    option("--context", type=positive_int, default=256, metavar="N", help="tokens in a sequence (default: %(default)s)")
+    option(
+        "--context",
+        type=positive_int,
+        default=256,
+        metavar="N",
+        help="tokens in a sequence, at most (default: %(default)s)",
+    )
     option("--steps", type=positive_int, default=1000, metavar="N", help="of the optimiser (default: %(default)s)")
     option("--batch-size", type=positive_int, default=16, metavar="N", help="sequences a device (default: %(default)s)")
     option("--learning-rate", type=float, default=1e-3, metavar="R", help="its peak (default: %(default)s)")

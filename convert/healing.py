@@ -48,7 +48,7 @@ class HealingOptions:
         None  # the share of KL(teacher || student) in the loss; by default 1 with a teacher, else 0
     )
     tokens: int = 1_048_576
-    context: int = 256
+    context: int = 256  # or as many as the model has positions for
     steps: int = 1000
     batch_size: int = 16
     learning_rate: float = 1e-3
@@ -150,27 +150,27 @@ def heal(
     o.check()
     check_free(destination)
     config = _student_config(model)
-    if o.context > config.max_position_embeddings:
-        raise ConversionError(
-            f"context={o.context} is more than the model's {config.max_position_embeddings} positions."
-        )
+    o = dataclasses.replace(o, context=min(o.context, config.max_position_embeddings))
     teacher_config = _teacher_config(o.teacher, config) if o.teacher else None
     work = Path(f"{destination.absolute().parent}/.{destination.name}.healing")
     arguments = _training_arguments(o, work, progress)
-    with arguments.main_process_first(desc="preparing"):
-        if arguments.process_index == 0:
-            _begin(work, {"model": str(model.resolve()), **dataclasses.asdict(o)}, resume)
-        dtype = "auto" if torch.accelerator.is_available() else torch.float32
-        teacher = (
-            AutoModelForCausalLM.from_pretrained(o.teacher, config=teacher_config, dtype=dtype) if o.teacher else None
-        )
-        windows = _windows(work, model, config, teacher, o, progress)
-    held = max(1, round(len(windows) * HELD_OUT))
-    if len(windows) <= held:
-        raise ConversionError(
-            f"{o.data} gives {len(windows)} windows of {o.context} tokens; 2 are wanted at least, one to learn from "
-            "and one to check on. Name more data or a smaller context."
-        )
+    fresh = not work.exists()
+    try:
+        with arguments.main_process_first(desc="preparing"):
+            if arguments.process_index == 0:
+                _begin(work, {"model": str(model.resolve()), **dataclasses.asdict(o)}, resume)
+            teacher = _teacher(o.teacher, teacher_config) if o.teacher else None
+            windows = _windows(work, model, config, teacher, o, progress)
+        held = max(1, round(len(windows) * HELD_OUT))
+        if len(windows) <= held:
+            raise ConversionError(
+                f"{o.data} gives {len(windows)} windows of {o.context} tokens; 2 are wanted at least, one to learn from "
+                "and one to check on. Name more data or a smaller context."
+            )
+    except ConversionError:
+        if fresh:
+            shutil.rmtree(work, ignore_errors=True)
+        raise
     student = FinedeepForCausalLM.from_pretrained(model, dtype=torch.float32)
     trainer = HealingTrainer(
         teacher=teacher,
@@ -218,6 +218,12 @@ def _teacher_config(teacher: str, student: FinedeepConfig) -> PretrainedConfig:
     return config
 
 
+def _teacher(teacher: str, config: PretrainedConfig) -> PreTrainedModel:
+    """The teacher, in its own dtype; on a CPU in float32, where half precision is slow."""
+    dtype = "auto" if torch.accelerator.is_available() else torch.float32
+    return AutoModelForCausalLM.from_pretrained(teacher, config=config, dtype=dtype)
+
+
 def _training_arguments(o: HealingOptions, work: Path, progress: bool) -> TrainingArguments:
     often = max(1, o.steps // 10)
     fields = {
@@ -243,6 +249,8 @@ def _training_arguments(o: HealingOptions, work: Path, progress: bool) -> Traini
     }
     try:
         return TrainingArguments(**fields)
+    except ImportError as error:
+        raise ConversionError("healing wants accelerate, for transformers' Trainer: pip install accelerate.") from error
     except (TypeError, ValueError) as error:
         raise ConversionError(f"TrainingArguments: {' '.join(str(error).split())}") from error
 
@@ -303,9 +311,9 @@ def _save(
         return
     student = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     dtype = config.dtype or torch.float32
-    student.config.dtype = dtype
     with whole_folder(destination, {}) as folder:
         student.save_pretrained(folder, state_dict={name: tensor.to(dtype) for name, tensor in state.items()})
+        config.save_pretrained(folder)  # which names the dtype of the file, not of the training
         for pattern in (*COMPANIONS, RECEIPT, NEURONS):
             for file in model.glob(pattern):
                 if not (folder / file.name).exists():

@@ -62,6 +62,13 @@ def test_more_convert_snippets(here, capsys):
     assert "model.embed_tokens.weight" in capsys.readouterr().out
 
 
+def test_calibration_snippet(here):
+    convert, heal = snippet("Keep what the dense model knows", "bash").splitlines()
+    assert main([*shlex.split(convert)[1:], "--calibration-tokens", "4096", "--calibration-steps", "5"]) == 0
+    assert main([*shlex.split(heal)[1:], "--tokens", "4096", "--steps", "3"]) == 0
+    assert (here / "llama-healed/config.json").is_file()
+
+
 def test_load_snippet(here):
     code = snippet("Load", "python")
     text = run_isolated(f"import os; os.chdir({str(here)!r})\n{code}\nanswer = type(model).__name__")

@@ -1,0 +1,208 @@
+"""Healing: the loss is what it says, training lowers it, a stopped run goes on, and what does not fit is refused."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_dense
+from finedeep import FinedeepForCausalLM
+from finedeep.convert import ConversionError, convert_checkpoint
+from finedeep.convert.healing import HEALING, HealingTrainer, heal
+from finedeep.convert.healing_data import healing_windows
+from finedeep_cli import main
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback, TrainingArguments
+
+QUICK = {"tokens": 4096, "context": 32, "steps": 12, "batch_size": 4, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def cut(dense, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cut") / "cut"
+    convert_checkpoint(dense, folder, num_experts_per_sublayer=4, progress=False)
+    return folder
+
+
+def text_in(folder, length=6000):
+    path = folder / "text.txt"
+    path.write_text(("There was a text. It was not long. " * (length // 30))[:length], encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("divergence", [0.0, 0.25, 1.0])
+def test_the_loss_is_the_mix_that_it_says(tmp_path, dense, cut, divergence):
+    """Against Llama's own loss and SciPy's relative entropy."""
+    from scipy.special import rel_entr
+
+    student, teacher = FinedeepForCausalLM.from_pretrained(cut), LlamaForCausalLM.from_pretrained(dense)
+    ids = torch.randint(256, (3, 20), generator=torch.Generator().manual_seed(0))
+    trainer = HealingTrainer(
+        teacher=teacher,
+        divergence=divergence,
+        model=student,
+        args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none"),
+    )
+    found = trainer.compute_loss(student, {"input_ids": ids}).item()
+    with torch.no_grad():
+        own = student(ids, labels=ids).loss.item()
+        p, q = (model(ids).logits.double().softmax(-1).numpy() for model in (teacher, student))
+    assert found == pytest.approx((1 - divergence) * own + divergence * rel_entr(p, q).sum(-1).mean(), rel=1e-4)
+
+
+def test_healing_brings_the_model_nearer(tmp_path, dense, cut, capsys):
+    out = tmp_path / "healed"
+    arguments = ["heal", str(cut), str(out), "--teacher", str(dense), "--context", "32", "--steps", "60"]
+    assert main([*arguments, "--tokens", "16384", "--learning-rate", "0.01"]) == 0
+    assert "KL from the teacher" in capsys.readouterr().out
+    receipt = json.loads((out / HEALING).read_text())
+    before, after = (receipt["held_out_nats_per_token"][when]["divergence"] for when in ("before", "after"))
+    assert after < 0.7 * before
+    assert receipt["tokens_seen"] == 60 * 16 * 32
+    assert [path.name for path in tmp_path.iterdir()] == ["healed"]
+    names = {path.name for path in cut.iterdir()} | {HEALING}
+    assert {path.name for path in out.iterdir()} == names
+    AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+
+
+def test_the_context_is_the_models_at_most(tmp_path, dense, cut):
+    done = heal(cut, tmp_path / "out", teacher=str(dense), **{**QUICK, "context": 4096, "steps": 1})
+    assert done.tokens_seen == 4 * 128
+
+
+def test_without_a_teacher_the_next_token_is_learnt(tmp_path, cut):
+    done = heal(cut, tmp_path / "out", data=str(text_in(tmp_path)), **{**QUICK, "steps": 40, "learning_rate": 0.01})
+    assert set(done.before) == {"next_token"}
+    assert done.after["next_token"] < 0.8 * done.before["next_token"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_the_dtype_is_kept(tmp_path, dense, dtype):
+    convert_checkpoint(dense, tmp_path / "cut", num_experts_per_sublayer=4, dtype="bfloat16", progress=False)
+    heal(tmp_path / "cut", tmp_path / "out", teacher=str(dense), **{**QUICK, "steps": 2})
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out/model.safetensors").values()} == {dtype}
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, arguments, state, control, **kwargs):
+        if state.global_step == 7:
+            raise KeyboardInterrupt
+
+
+def test_a_stopped_run_goes_on(tmp_path, dense, cut, monkeypatch):
+    options = {**QUICK, "teacher": str(dense), "training": {"save_steps": 3}}
+    with monkeypatch.context() as patch:
+        train = HealingTrainer.train
+        patch.setattr(HealingTrainer, "train", lambda self, **kw: (self.add_callback(Stop), train(self, **kw)))
+        with pytest.raises(KeyboardInterrupt):
+            heal(cut, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / ".out.healing/checkpoint-6").is_dir()
+    with pytest.raises(ConversionError, match="go on with --resume, or remove it"):
+        heal(cut, tmp_path / "out", **options)
+    with pytest.raises(ConversionError, match="steps differ"):
+        heal(cut, tmp_path / "out", resume=True, **{**options, "steps": 13})
+    resumed = heal(cut, tmp_path / "out", resume=True, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    at_once = heal(cut, tmp_path / "at once", **options)
+    assert resumed.before == at_once.before
+    for name, tensor in load_file(tmp_path / "at once/model.safetensors").items():
+        torch.testing.assert_close(load_file(tmp_path / "out/model.safetensors")[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_two_processes(tmp_path, dense, cut):
+    """By the launcher: each process sees its own half of every batch, and one folder is written."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "finedeep_cli"]
+    words += ["heal", str(cut), str(tmp_path / "two"), "--teacher", str(dense), "--batch-size", "2", "--quiet"]
+    words += ["--tokens", "4096", "--context", "32", "--steps", "6"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    receipt = json.loads((tmp_path / "two" / HEALING).read_text())
+    assert receipt["tokens_seen"] == 6 * 2 * 2 * 32
+    assert [path.name for path in tmp_path.iterdir()] == ["two"]
+    heal(cut, tmp_path / "one", teacher=str(dense), **{**QUICK, "steps": 6})
+    one, two, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "one", tmp_path / "two", cut))
+    name = "model.layers.0.sublayers.0.gate_proj.weight"
+    moved = (one[name] - before[name]).norm()
+    assert moved > 0
+    assert (two[name] - before[name]).norm() > 0.5 * moved
+
+
+# --- the data --------------------------------------------------------------------------------------------------------
+
+
+def test_a_datasets_documents_are_packed(tmp_path, dense):
+    """Read by `datasets`: documents one after the other, EOS between them."""
+    pytest.importorskip("datasets")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    documents = [f"document {i}" for i in range(40)]
+    (folder / "train.jsonl").write_text("".join(json.dumps({"text": d, "n": 1}) + "\n" for d in documents))
+    windows = healing_windows(str(folder), dense, 260, 16, 256, None, 0, False)
+    assert windows.shape == (16, 16)
+    assert (windows == 257).sum() > 10
+    (folder / "train.jsonl").write_text(json.dumps({"words": "a", "n": 1}) + "\n")
+    with pytest.raises(ConversionError, match="has columns words, n; one called 'text' is wanted"):
+        healing_windows(str(folder), dense, 260, 16, 256, None, 0, False)
+
+
+def test_a_texts_windows_are_its_own(tmp_path, dense):
+    content = "".join(chr(ord("a") + i % 26) for i in range(2000))
+    (tmp_path / "text.txt").write_text(content)
+    from transformers import AutoTokenizer
+
+    windows = healing_windows(str(tmp_path / "text.txt"), dense, 260, 20, 10_000, None, 0, False)
+    assert len(windows) == 100
+    assert all(AutoTokenizer.from_pretrained(dense).decode(window) in content for window in windows)
+
+
+# --- what does not fit -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"data": "self"}, "a teacher is wanted to sample the text from"),
+        ({"data": "text", "divergence": 0.5}, r"a teacher is wanted for divergence=0\.5"),
+        ({"teacher": "dense", "divergence": 2.0}, "is not between 0"),
+        ({"teacher": "/no/such/teacher"}, "the teacher /no/such/teacher cannot be loaded"),
+        ({"teacher": "dense", "data": "/no/such/text"}, "neither a text file nor a dataset that can be read"),
+        ({"teacher": "dense", "steps": 0}, "steps=0 is not a whole number"),
+        ({"teacher": "dense", "training": {"learning_rat": 1.0}}, "learning_rat: no field of transformers' Training"),
+        ({"teacher": "dense", "training": {"lr_scheduler_type": "up"}}, "TrainingArguments: "),
+        ({"teacher": "dense", "data": "short"}, "gives 1 windows of 32 tokens; 2 are wanted"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path, dense, cut, options, words):
+    texts = {"text": text_in(tmp_path), "short": tmp_path / "short.txt"}
+    texts["short"].write_text("A text of fifty characters, all of them in vain....")
+    names = {"dense": str(dense), **{name: str(path) for name, path in texts.items()}}
+    options = {name: names.get(value, value) if isinstance(value, str) else value for name, value in options.items()}
+    with pytest.raises(ConversionError, match=words):
+        heal(cut, tmp_path / "out", **{**QUICK, **options})
+    assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "short.txt"}
+
+
+def test_a_teacher_of_another_vocabulary(tmp_path, cut):
+    make_dense(tmp_path / "other", vocab_size=300)
+    with pytest.raises(ConversionError, match="has 300 tokens and the model 260"):
+        heal(cut, tmp_path / "out", teacher=str(tmp_path / "other"), **QUICK)
+
+
+def test_only_a_finedeep_model_is_healed(tmp_path, dense):
+    with pytest.raises(ConversionError, match="has model_type 'llama'; a Finedeep checkpoint is wanted"):
+        heal(dense, tmp_path / "out", teacher=str(dense), **QUICK)
+    with pytest.raises(ConversionError, match="is missing"):
+        heal(Path("/no/such/model"), tmp_path / "out", teacher=str(dense), **QUICK)
+
+
+@pytest.mark.parametrize("value", ["nothing", "=1", "a b=1"])
+def test_a_field_is_name_and_value(capsys, value):
+    with pytest.raises(SystemExit):
+        main(["heal", "a", "b", "--set", value])
+    assert "is not NAME=VALUE" in capsys.readouterr().err
