@@ -202,4 +202,4 @@ def held_out(windows: torch.Tensor) -> int:
 
 def best_device() -> torch.device:
     """The accelerator where there is one."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")

@@ -164,8 +164,8 @@ def heal(
         held = max(1, round(len(windows) * HELD_OUT))
         if len(windows) <= held:
             raise ConversionError(
-                f"{o.data} gives {len(windows)} windows of {o.context} tokens; 2 are wanted at least, one to learn from "
-                "and one to check on. Name more data or a smaller context."
+                f"{o.data} gives {len(windows)} windows of {o.context} tokens; 2 are wanted at least, one to learn "
+                "from and one to check on. Name more data or a smaller context."
             )
     except ConversionError:
         if fresh:
