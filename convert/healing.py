@@ -48,7 +48,7 @@ class HealingOptions:
         None  # the share of KL(teacher || student) in the loss; by default 1 with a teacher, else 0
     )
     tokens: int = 1_048_576
-    context: int = 256  # or as many as the model has positions for
+    context: int = 512  # or as many as the model has positions for
     steps: int = 1000
     batch_size: int = 16
     learning_rate: float = 1e-3
