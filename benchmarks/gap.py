@@ -3,7 +3,7 @@
     python -m finedeep.benchmarks.gap CHECKPOINT TEXT --name stories260k
 
 cuts TEXT in two, calibrates on the first half (or on text sampled from CHECKPOINT), measures on the second, and adds a
-line for each rung to benchmarks/results/gap.jsonl. --render makes the tables of convert/README.md from all lines.
+line for each rung to benchmarks/results/gap.jsonl. --render makes the tables of both READMEs from all lines.
 
 Each rung is a command of its own, in a process of its own; its seconds are those of the whole command. The loss is the
 mean next-token loss in nats; the share of the gap is (cut - rung) / (cut - dense).
@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gap.jsonl"
 PAGE = ROOT / "convert" / "README.md"
 MOST_TOKENS = 100_000  # to measure on
+TEXTS = {"self": "sampled", "text": "real"}
+MATTER_OF_COURSE = ("--sublayers", "--experts", "--calibrate", "--teacher", "--data", "--seed")
 
 
 def main() -> None:
@@ -64,6 +67,7 @@ def main() -> None:
     else:
         lines = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
         put_into_readme("gap", table_of(lines), PAGE)
+        put_into_readme("gap", summary_of(lines))
 
 
 # What each rung is called in the table, from which rung's folder it starts, and its command.
@@ -169,46 +173,69 @@ def loss_of(folder: Path, windows: torch.Tensor) -> float:
     return sum(losses) / len(windows)
 
 
-def table_of(lines: list[dict[str, Any]]) -> str:
-    """The table, means over seeds; in brackets the lowest and the highest share."""
-    runs: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
+def options_of(command: str) -> str:
+    """What of a line's command is no matter of course: the options that decide how much is learnt."""
+    words = command.split()
+    kept = [(name, value) for name, value in pairwise(words) if name.startswith("--") and name not in MATTER_OF_COURSE]
+    return " ".join(f"`{name} {value}`" for name, value in kept)
+
+
+def groups_of(lines: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Lines that differ in their seeds only, and what they have in common; the quickest first."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
     for line in lines:
-        runs[line["model"], line["shape"], line["source"], line["rung"]].append(line)
-    rows = []
-    for (model, shape, source, rung), found in sorted(
-        runs.items(), key=lambda item: (*item[0][:3], item[1][0]["seconds"])
-    ):
-        shares = [(line["cut"] - line["loss"]) / (line["cut"] - line["dense"]) for line in found]
-        loss, dense, cut = (statistics.mean(line[name] for line in found) for name in ("loss", "dense", "cut"))
+        groups[line["model"], line["shape"], line["source"], line["rung"], options_of(line["command"])].append(line)
+    means = []
+    for key, found in groups.items():
+        mean = {name: statistics.mean(line[name] for line in found) for name in ("loss", "dense", "cut", "seconds")}
+        common = dict(zip(("model", "shape", "source", "rung", "options"), key, strict=True))
+        means.append((common | mean, found))
+    yield from sorted(means, key=lambda item: (*(item[0][name] for name in ("model", "shape")), item[0]["seconds"]))
+
+
+def share(line: dict[str, Any]) -> float:
+    """Of the gap between the plain cut and the dense model, what is closed."""
+    return (line["cut"] - line["loss"]) / (line["cut"] - line["dense"])
+
+
+def table_of(lines: list[dict[str, Any]]) -> str:
+    """Everything that was measured: means over seeds, with the lowest and the highest share."""
+    head = ["model", "M x K", "text", "rung", "options", "loss", "over dense", "of the gap closed", "seconds", "seeds"]
+    rows, seen = [], set()
+    for mean, found in groups_of(lines):
+        place = (mean["model"], mean["shape"])
+        if place not in seen:
+            seen.add(place)
+            for name, gap in (("dense", ""), ("cut", "0 %")):
+                over = f"{mean[name] - mean['dense']:+.4f}"
+                rows.append([*place, "", name, "", f"{mean[name]:.4f}", over, gap, "", ""])
+        shares = [share(line) for line in found]
         rows.append(
             [
-                model,
-                shape,
-                {"self": "sampled", "text": "real"}[source],
-                rung,
-                f"{dense:.4f}",
-                f"{cut:.4f}",
-                f"{loss:.4f}",
-                f"{loss - dense:+.4f}",
+                *place,
+                TEXTS[mean["source"]],
+                mean["rung"],
+                mean["options"],
+                f"{mean['loss']:.4f}",
+                f"{mean['loss'] - mean['dense']:+.4f}",
                 f"{statistics.mean(shares):.1%} ({min(shares):.1%} to {max(shares):.1%})",
-                f"{statistics.mean(line['seconds'] for line in found):.0f}",
+                f"{mean['seconds']:.0f}",
                 str(len(found)),
             ]
         )
-    head = [
-        "model",
-        "M x K",
-        "text",
-        "rung",
-        "dense",
-        "cut",
-        "loss",
-        "over dense",
-        "of the gap closed",
-        "seconds",
-        "seeds",
-    ]
-    return markdown(head, rows, 4)
+    return markdown(head, rows, 5)
+
+
+def summary_of(lines: list[dict[str, Any]]) -> str:
+    """For the README: of each model and shape the dense loss, the cut's, and each rung's on sampled text."""
+    head = ["model", "M x K", "dense", "cut", *RUNGS]
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for mean, found in groups_of([line for line in lines if line["source"] == "self"]):
+        row = rows.setdefault((mean["model"], mean["shape"]), {})
+        row |= {name: f"{mean[name]:.3f}" for name in ("dense", "cut")}
+        closed = statistics.mean(share(line) for line in found)
+        row[mean["rung"]] = f"{mean['loss']:.3f} ({closed:.0%}, {mean['seconds'] / 60:.1f} min)"
+    return markdown(head, [[*key, *(row.get(name, "") for name in head[2:])] for key, row in rows.items()], 2)
 
 
 if __name__ == "__main__":

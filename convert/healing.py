@@ -29,6 +29,7 @@ from .calibration_text import SELF
 from .destination import check_free, whole_folder
 from .errors import ConversionError
 from .healing_data import healing_windows
+from .loading_bars import without_loading_bars
 from .receipt import NEURONS, PACKAGES, RECEIPT
 from .shards import save_whole
 from .source import COMPANIONS, read_json
@@ -94,7 +95,7 @@ class HealingTrainer(Trainer):
         super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over a batch whose sequences are of one length
         self.divergence = divergence
-        self.teacher = teacher.to(self.args.device).eval().requires_grad_(False) if teacher is not None else None
+        self.teacher = teacher.eval().requires_grad_(False) if teacher is not None else None
         self.parts: dict[str, list[torch.Tensor]] = {}
 
     def compute_loss(
@@ -159,7 +160,7 @@ def heal(
         with arguments.main_process_first(desc="preparing"):
             if arguments.process_index == 0:
                 _begin(work, {"model": str(model.resolve()), **dataclasses.asdict(o)}, resume)
-            teacher = _teacher(o.teacher, teacher_config) if o.teacher else None
+            teacher = _teacher(o.teacher, teacher_config).to(arguments.device) if o.teacher else None
             windows = _windows(work, model, config, teacher, o, progress)
         held = max(1, round(len(windows) * HELD_OUT))
         if len(windows) <= held:
@@ -171,26 +172,27 @@ def heal(
         if fresh:
             shutil.rmtree(work, ignore_errors=True)
         raise
-    student = FinedeepForCausalLM.from_pretrained(model, dtype=torch.float32)
-    trainer = HealingTrainer(
-        teacher=teacher,
-        divergence=o.divergence,
-        model=student,
-        args=arguments,
-        # Without labels Trainer would take it that there is no loss to evaluate.
-        train_dataset=[{"input_ids": window, "labels": window} for window in windows[held:]],
-        eval_dataset=[{"input_ids": window, "labels": window} for window in windows[:held]],
-    )
-    if not progress:
-        trainer.remove_callback(PrinterCallback)
-    before = _before(work, trainer)
-    last = get_last_checkpoint(work) if resume else None
-    trainer.train(resume_from_checkpoint=last)
-    after = _losses(trainer)
-    seen = o.steps * o.batch_size * arguments.gradient_accumulation_steps * arguments.world_size * o.context
-    healed = Healed(destination, seen, before, after)
-    _save(model, destination, trainer, config, o, healed)
-    return healed
+    with without_loading_bars():
+        student = FinedeepForCausalLM.from_pretrained(model, dtype=torch.float32)
+        trainer = HealingTrainer(
+            teacher=teacher,
+            divergence=o.divergence,
+            model=student,
+            args=arguments,
+            # Without labels Trainer would take it that there is no loss to evaluate.
+            train_dataset=[{"input_ids": window, "labels": window} for window in windows[held:]],
+            eval_dataset=[{"input_ids": window, "labels": window} for window in windows[:held]],
+        )
+        if not progress:
+            trainer.remove_callback(PrinterCallback)
+        before = _before(work, trainer)
+        last = get_last_checkpoint(work) if resume else None
+        trainer.train(resume_from_checkpoint=last)
+        after = _losses(trainer)
+        seen = o.steps * o.batch_size * arguments.gradient_accumulation_steps * arguments.world_size * o.context
+        healed = Healed(destination, seen, before, after)
+        _save(model, destination, trainer, config, o, healed)
+        return healed
 
 
 def _student_config(model: Path) -> FinedeepConfig:

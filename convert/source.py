@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
 from .errors import ConversionError
+from .loading_bars import without_loading_bars
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -200,9 +201,10 @@ def _inside(folder: Path, path: Path) -> Path:
 
 def load_dense(folder: Path, config: PretrainedConfig) -> PreTrainedModel:
     """A dense model, whole, in its own dtype, by its family's class in transformers."""
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-        folder, config=config, dtype="auto", use_safetensors=True
-    )
+    with without_loading_bars():
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            folder, config=config, dtype="auto", use_safetensors=True
+        )
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
