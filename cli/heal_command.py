@@ -20,6 +20,8 @@ from typing import Any
 
 from .argument_types import positive_int
 
+PYTHONS = {"True": True, "False": False, "None": None}  # as users of Python will write them
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `finedeep heal`."""
@@ -38,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(
         "--context",
         type=positive_int,
-        default=256,
+        default=512,
         metavar="N",
         help="tokens in a sequence, at most (default: %(default)s)",
     )
@@ -70,6 +72,8 @@ def _field(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not name.isidentifier() or not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    if value in PYTHONS:
+        return name, PYTHONS[value]
     try:
         return name, json.loads(value)
     except ValueError:
@@ -78,13 +82,13 @@ def _field(text: str) -> tuple[str, Any]:
 
 def run(arguments: argparse.Namespace) -> None:
     """Heal and say how far it went."""
-    from finedeep.convert.healing import heal
+    from finedeep.convert.healing import heal, is_main_process
 
     given = vars(arguments).copy()
     given.pop("run", None)
     model, destination, quiet = given.pop("model"), given.pop("destination"), given.pop("quiet")
     done = heal(model, destination, progress=not quiet, **{**given, "training": dict(given["training"])})
-    if quiet:
+    if quiet or not is_main_process():
         return
     print(f"{done.folder}: trained on {done.tokens_seen:,} tokens; on held-out ones, in nats per token:")
     names = {"next_token": "next-token loss", "divergence": "KL from the teacher"}

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 
 from ..modeling_finedeep import FinedeepSublayer
 from .calibration_text import read_tokens, window_of
+from .errors import ConversionError
 from .least_squares import LeastSquares
 from .source import load_dense
 
@@ -27,6 +28,8 @@ def mean_activity(folder: Path, config: PretrainedConfig, text: Path, progress: 
         ConversionError: the text cannot be read or is shorter than two tokens.
     """
     ids = read_tokens(folder, text, config.vocab_size)[:MAX_TOKENS]
+    if len(ids) < 2:
+        raise ConversionError(f"{text} has {len(ids)} tokens; a longer text is wanted.")
     model = load_dense(folder, config)
     totals = [torch.zeros(config.intermediate_size) for _ in range(config.num_hidden_layers)]
 

@@ -88,7 +88,7 @@ def fit(
         After each step, the lowest error so far on the held-out tokens.
     """
     device = sublayers[0].norm.weight.device
-    groups = _groups(sublayers, wanted - u)
+    groups = _groups(sublayers, (wanted - u) / r)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, [group["lr"] for group in groups], total_steps=steps + 1, pct_start=0.1, final_div_factor=100
@@ -108,7 +108,8 @@ def fit(
         schedule.step()
         if step % max(1, steps // EVALUATIONS) == 0 or step == steps:
             error = error_of(sublayers, u[:held], wanted[:held], r, objective)
-            worse = 0 if error < best else worse + 1
+            if step > steps / 2:  # before that the rate is still high
+                worse = 0 if error < best else worse + 1
             if error < best:
                 best, best_state = error, _state(sublayers)
         yield best
@@ -126,12 +127,15 @@ def _groups(sublayers: nn.ModuleList, change: torch.Tensor) -> list[dict[str, An
     """The parameters, each with a learning rate that does not depend on the model's scales.
 
     AdamW moves every weight by up to the rate. A router starts at zero and has no scale of its own: it is to change a
-    score <w, E> by a like share, with E as large as `change`, what is to be added to the stream.
+    score <w, E> by a like share, with E as large as `change`, the sum of experts that is wanted, or <w, n>, with n as
+    large as the norm's weight.
     """
-    size = change.pow(2).mean().sqrt().item()
-    rates = {"router": RATE / (size * change.shape[1] ** 0.5), "expert_bias": RATE * size}
+    E, n = (x.detach().float().pow(2).mean().sqrt().item() for x in (change, sublayers[0].norm.weight))
+    scored = n if sublayers[0].routing_input == "hidden_state" else E
+    rates = {"router": RATE / (scored * change.shape[1] ** 0.5), "expert_bias": RATE * E}
     groups = []
     for name, parameter in sublayers.requires_grad_(True).named_parameters():
-        rate = rates.get(name.rpartition(".")[2]) or RATE * parameter.detach().pow(2).mean().sqrt().item()
+        own = RATE * parameter.detach().pow(2).mean().sqrt().item()
+        rate = rates.get(name.rpartition(".")[2]) or own or RATE  # a bias that is all zeros has no scale either
         groups.append({"params": [parameter], "lr": rate})
     return groups

@@ -77,6 +77,8 @@ class Calibration:
             ConversionError: the text is too short, or the model's activations are not finite.
         """
         windows = self._windows()
+        if all((self.folder / LAYER.format(i)).exists() for i in range(self.plan.config.num_hidden_layers)):
+            return
         held = held_out(windows)
         hidden, learned = self.plan.config.hidden_size, (len(windows) - held) * windows.shape[1]
         if learned < TOKENS_PER_CHANNEL * hidden:
@@ -109,11 +111,14 @@ class Calibration:
     def record(self) -> dict[str, Any]:
         """For the receipt: on what, and how near each layer came."""
         windows = self._windows()
-        source = self.plan.options.calibrate
+        with safe_open(self.folder / WINDOWS, framework="pt") as file:
+            text = dict(sorted((file.metadata() or {}).items()))
         return {
-            "text": SELF if source == SELF else {"name": Path(source).name, "sha256": sha256(Path(source))},
+            "text": text or SELF,
             "tokens": windows.numel(),
             "held_out_tokens": held_out(windows) * windows.shape[1],
+            "device": self.device.type,
+            "threads": torch.get_num_threads(),
             "relative_errors": [
                 {rung: float(f"{error:.3g}") for rung, error in asdict(errors).items()} for errors in self.errors()
             ],
@@ -130,11 +135,15 @@ class Calibration:
         if not path.exists():
             if o.calibrate == SELF:
                 model = load_dense(self.plan.dense.folder, self.plan.dense_config).to(self.device)
+                if self.device.type == "cpu":
+                    model.float()  # half precision is slow there
                 found = sampled_windows(model, o.calibration_tokens, o.seed, self.progress)
             else:
                 found = text_windows(self.plan.dense.folder, Path(o.calibrate), self.plan.config, o.calibration_tokens)
                 found = found[torch.randperm(len(found), generator=torch.Generator().manual_seed(o.seed))]
-            save_whole({"windows": found.contiguous()}, path)
+            # Of the text as it was read: it may be another by the time that this is done.
+            text = {} if o.calibrate == SELF else {"name": Path(o.calibrate).name, "sha256": sha256(Path(o.calibrate))}
+            save_whole({"windows": found.contiguous()}, path, text)
         return load_file(path)["windows"]
 
     def _layer(self, stream: Stream, i: int, held: int, bar: tqdm) -> None:
@@ -143,6 +152,7 @@ class Calibration:
         ffn = stream.attend(i)
         before = stream.dense.clone()
         over_chunks(partial(through, [ffn], r=self.r), stream.dense, self.device)
+        stream.check(f"after layer {i}")
         if not path.exists():
             u, dense_u, wanted = (h.flatten(0, 1) for h in (stream.finedeep, before, stream.dense))
             layer = plan.layer(i, partial(activity_on, ffn, dense_u), partial(nonlinearity_on, ffn, dense_u))
@@ -171,7 +181,10 @@ class Calibration:
         bar: tqdm,
     ) -> tuple[nn.ModuleList, LayerErrors]:
         """The best rung, and the error of each. Args: u, dense_u and wanted (tokens, hidden), the streams."""
-        relative = stream_error((wanted - dense_u)[:held].pow(2).mean().item())
+        scale = (wanted - dense_u)[:held].pow(2).mean().item()
+        if scale == 0:  # an FFN that does nothing
+            return cut, LayerErrors(0.0, 0.0, 0.0)
+        relative = stream_error(scale)
         objective = self._divergence if i == self.plan.config.num_hidden_layers - 1 else relative
 
         def error(sublayers: nn.ModuleList, objective: Objective = objective) -> float:
@@ -201,5 +214,6 @@ def held_out(windows: torch.Tensor) -> int:
 
 
 def best_device() -> torch.device:
-    """The accelerator where there is one."""
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    """The accelerator where there is one that can compute in float64."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if device is None or device.type == "mps" else device

@@ -1,10 +1,11 @@
 """The tokens that calibration and healing go by: of a text, or sampled from the dense model itself."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import ConversionError
 
@@ -35,18 +36,27 @@ def read_tokens(folder: Path, text: Path, vocabulary: int, most: int | None = No
         pieces = 64
         size, apart = most * CHARACTERS // pieces, len(content) // pieces
         content = "\n".join(content[i * apart : i * apart + size] for i in range(pieces))
+    ids = torch.tensor(tokenizer_in(folder)(content, verbose=False)["input_ids"], dtype=torch.long)
+    return check_vocabulary(ids, vocabulary, folder)
+
+
+def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase:
+    """A folder's tokenizer. Raises `ConversionError` where there is none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ConversionError(
             f"{folder} has no tokenizer that can be loaded ({' '.join(str(error).split())[:200]}); one beside the "
-            f"weights is wanted to read {text}."
+            "weights is wanted to read texts."
         ) from error
-    ids = torch.tensor(tokenizer(content, verbose=False)["input_ids"])
+
+
+def check_vocabulary(ids: torch.Tensor, vocabulary: int, folder: Path) -> torch.Tensor:
+    """The token ids, unless the model does not know one of them."""
     if ids.numel() and int(ids.max()) >= vocabulary:
         raise ConversionError(
-            f"the tokenizer of {folder} gives token {int(ids.max())} for {text}, and the model has {vocabulary} "
-            "tokens. They do not belong together."
+            f"the tokenizer of {folder} gives token {int(ids.max())}, and the model has {vocabulary} tokens. They do "
+            "not belong together."
         )
     return ids
 
@@ -78,6 +88,8 @@ def sampled_windows(
     A model that has no BOS begins each window with a token drawn at random, as does
     LLM-QAT (arXiv:2305.17888), from which the idea is.
     """
+    # The checkpoint's own may have penalties, which would make another text than the model's.
+    model.generation_config = GenerationConfig()
     config = model.config
     length = length or window_of(config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -100,7 +112,8 @@ def sampled_windows(
             if config.bos_token_id is not None:
                 first.fill_(config.bos_token_id)
             first = first.to(model.device)
-            texts = model.generate(
+            texts = _generate(
+                model,
                 first,
                 attention_mask=torch.ones_like(first),
                 do_sample=True,
@@ -112,7 +125,21 @@ def sampled_windows(
                 max_length=length,
                 eos_token_id=None,
                 pad_token_id=0,
+                cache_implementation="static",  # nothing is copied as the texts grow
+                disable_compile=True,
             )
             found.append(texts.cpu())
             bar.update(texts.numel())
     return torch.cat(found)
+
+
+def _generate(model: PreTrainedModel, first: torch.Tensor, **how: Any) -> torch.Tensor:
+    try:
+        return model.generate(first, **how)
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise ConversionError(
+            f"the model's probabilities are NaN or infinite in {model.dtype}, so that no text can be sampled from it; "
+            "name a text instead, or a model that is finite."
+        ) from error

@@ -37,7 +37,7 @@ tokenizer = AutoTokenizer.from_pretrained("{{ repo_id }}", revision="{{ revision
 | --- | ---: | ---: |
 | parameters | {{ parameters.dense }} | {{ parameters.finedeep }} |
 {% endif %}
-{% if receipt_file %}How it was made, to the byte, is in [`{{ receipt_file }}`]({{ receipt_file }}).{% endif %}
+{% if receipt_file %}How it was made is in [`{{ receipt_file }}`]({{ receipt_file }}).{% endif %}
 """
 LICENCE_FIELDS = ("license", "license_name", "license_link")
 
@@ -82,6 +82,11 @@ def read_scores(path: Path) -> list[EvalResult]:
 def _exactness(receipt: Mapping[str, Any]) -> str:
     if receipt.get("exact"):
         return "Its logits equal the dense model's, to rounding."
+    if receipt.get("healing"):
+        return (
+            "Its logits do not equal the dense model's. It was trained on to say what the dense model says; what "
+            f"remains of the difference is in `{receipt['healing']}`."
+        )
     if receipt.get("calibration"):
         return (
             "Its logits do not equal the dense model's. Each layer was calibrated to do what the dense one does; what "

@@ -83,7 +83,11 @@ def convert_checkpoint(
     destination = Path(destination)
     check_free(destination)
     plan = plan_conversion(source, revision=revision, **options)
-    check_room(destination, plan.nbytes + SMALL_FILES)
+    # A calibrated layer is kept on the disk, until all are, and then written into its shard.
+    kept = sum(
+        e.nbytes for shard in plan.shards for e in shard.entries if plan.options.calibrates and ".sublayers." in e.name
+    )
+    check_room(destination, plan.nbytes + kept + SMALL_FILES)
     with whole_folder(destination, same_plan(plan), resume) as folder, _background() as background:
         hashes = {file.name: background.submit(sha256, file) for file in plan.dense.files}
         calibration = Calibration(plan, folder, progress) if plan.options.calibrates else None

@@ -100,7 +100,8 @@ def whole_folder(destination: Path, plan: Mapping[str, Any], resume: bool = Fals
         except _KeptError:
             raise
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+            if not resume:
+                shutil.rmtree(folder, ignore_errors=True)
             raise
 
 

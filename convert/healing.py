@@ -15,7 +15,6 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    PretrainedConfig,
     PreTrainedModel,
     PrinterCallback,
     Trainer,
@@ -30,12 +29,12 @@ from .destination import check_free, whole_folder
 from .errors import ConversionError
 from .healing_data import healing_windows
 from .loading_bars import without_loading_bars
-from .receipt import NEURONS, PACKAGES, RECEIPT
+from .receipt import NEURONS, PACKAGES, RECEIPT, read_receipt, write_json
 from .shards import save_whole
 from .source import COMPANIONS, read_json
 
 HEALING = "finedeep_healing.json"
-PLAN, WINDOWS, BEFORE = "plan.json", "windows.safetensors", "before.json"
+PLAN, WINDOWS = "plan.json", "windows.safetensors"
 HELD_OUT = 1 / 16  # of the windows
 
 
@@ -95,8 +94,8 @@ class HealingTrainer(Trainer):
         super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over a batch whose sequences are of one length
         self.divergence = divergence
-        self.teacher = teacher.eval().requires_grad_(False) if teacher is not None else None
-        self.parts: dict[str, list[torch.Tensor]] = {}
+        self.teacher = teacher.to(self.args.device).eval().requires_grad_(False) if teacher is not None else None
+        self.sums: dict[str, torch.Tensor] = {}  # part of the loss -> (sum over sequences, sequences)
 
     def compute_loss(
         self, model: nn.Module, inputs: Mapping[str, torch.Tensor], return_outputs: bool = False, **kwargs: Any
@@ -105,23 +104,35 @@ class HealingTrainer(Trainer):
         ids = inputs["input_ids"]
         outputs = model(input_ids=ids, use_cache=False)
         logits = outputs.logits.float()
-        parts = {"next_token": nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.divergence < 1):
+            parts = {"next_token": nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())}
         if self.teacher is not None:
             with torch.no_grad():
                 wanted = self.teacher(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-            divergence = nn.functional.kl_div(logits.log_softmax(-1), wanted, log_target=True, reduction="none")
-            parts["divergence"] = divergence.sum(-1).mean()
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.divergence > 0):
+                divergence = nn.functional.kl_div(logits.log_softmax(-1), wanted, log_target=True, reduction="none")
+                parts["divergence"] = divergence.sum(-1).mean()
         for name, value in parts.items():
-            self.parts.setdefault(f"{'' if model.training else 'eval_'}{name}", []).append(value.detach())
-        loss = (1 - self.divergence) * parts["next_token"] + self.divergence * parts.get("divergence", 0.0)
+            name = name if model.training else f"eval_{name}"
+            self.sums[name] = self.sums.get(name, 0) + torch.stack([value.detach(), torch.ones_like(value)]) * len(ids)
+        weights = {"next_token": 1 - self.divergence, "divergence": self.divergence}
+        loss = sum(weights[name] * part for name, part in parts.items() if weights[name])
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log the two parts of the loss beside it."""
-        prefix = "eval_" if any(name.startswith("eval_") for name in logs) else ""
-        for name in [name for name in self.parts if name.startswith("eval_") == bool(prefix)]:
-            logs[name] = torch.stack(self.parts.pop(name)).mean().item()
+        """Log the two parts of the loss beside it, means over all processes."""
+        evaluating = any(name.startswith("eval_") for name in logs)
+        for name in [name for name in self.sums if name.startswith("eval_") == evaluating]:
+            total, number = self.accelerator.reduce(self.sums.pop(name), reduction="sum").tolist()
+            logs[name] = total / number
         super().log(logs, *args, **kwargs)
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that writes and speaks."""
+    from accelerate import PartialState
+
+    return PartialState().is_main_process
 
 
 def heal(
@@ -152,32 +163,16 @@ def heal(
     check_free(destination)
     config = _student_config(model)
     o = dataclasses.replace(o, context=min(o.context, config.max_position_embeddings))
-    teacher_config = _teacher_config(o.teacher, config) if o.teacher else None
+    # Before TrainingArguments: after them, DeepSpeed and FSDP would share the teacher out as it is loaded.
+    teacher = _teacher(o.teacher, config) if o.teacher else None
     work = Path(f"{destination.absolute().parent}/.{destination.name}.healing")
     arguments = _training_arguments(o, work, progress)
-    fresh = not work.exists()
-    try:
-        with arguments.main_process_first(desc="preparing"):
-            if arguments.process_index == 0:
-                _begin(work, {"model": str(model.resolve()), **dataclasses.asdict(o)}, resume)
-            teacher = _teacher(o.teacher, teacher_config).to(arguments.device) if o.teacher else None
-            windows = _windows(work, model, config, teacher, o, progress)
-        held = max(1, round(len(windows) * HELD_OUT))
-        if len(windows) <= held:
-            raise ConversionError(
-                f"{o.data} gives {len(windows)} windows of {o.context} tokens; 2 are wanted at least, one to learn "
-                "from and one to check on. Name more data or a smaller context."
-            )
-    except ConversionError:
-        if fresh:
-            shutil.rmtree(work, ignore_errors=True)
-        raise
+    windows, held = _prepare(work, model, config, teacher, o, resume, arguments)
     with without_loading_bars():
-        student = FinedeepForCausalLM.from_pretrained(model, dtype=torch.float32)
         trainer = HealingTrainer(
             teacher=teacher,
             divergence=o.divergence,
-            model=student,
+            model=FinedeepForCausalLM.from_pretrained(model, dtype=torch.float32),
             args=arguments,
             # Without labels Trainer would take it that there is no loss to evaluate.
             train_dataset=[{"input_ids": window, "labels": window} for window in windows[held:]],
@@ -185,14 +180,11 @@ def heal(
         )
         if not progress:
             trainer.remove_callback(PrinterCallback)
-        before = _before(work, trainer)
-        last = get_last_checkpoint(work) if resume else None
-        trainer.train(resume_from_checkpoint=last)
-        after = _losses(trainer)
-        seen = o.steps * o.batch_size * arguments.gradient_accumulation_steps * arguments.world_size * o.context
-        healed = Healed(destination, seen, before, after)
-        _save(model, destination, trainer, config, o, healed)
-        return healed
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(work))
+        before = next(_losses(logs) for logs in trainer.state.log_history if "eval_loss" in logs)
+        healed = Healed(destination, _tokens_seen(trainer, o), before, _losses(trainer.evaluate()))
+        _save(model, trainer, config, o, healed)
+    return healed
 
 
 def _student_config(model: Path) -> FinedeepConfig:
@@ -205,25 +197,25 @@ def _student_config(model: Path) -> FinedeepConfig:
     return FinedeepConfig.from_pretrained(model)
 
 
-def _teacher_config(teacher: str, student: FinedeepConfig) -> PretrainedConfig:
-    try:
-        config = AutoConfig.from_pretrained(teacher)
-    except (OSError, ValueError) as error:
-        raise ConversionError(
-            f"the teacher {teacher} cannot be loaded ({' '.join(str(error).split())[:300]})."
-        ) from error
-    if config.vocab_size != student.vocab_size:
-        raise ConversionError(
-            f"the teacher {teacher} has {config.vocab_size} tokens and the model {student.vocab_size}; a teacher of "
-            "the same vocabulary is wanted, such as the dense model that it was converted from."
-        )
-    return config
-
-
-def _teacher(teacher: str, config: PretrainedConfig) -> PreTrainedModel:
+def _teacher(teacher: str, student: FinedeepConfig) -> PreTrainedModel:
     """The teacher, in its own dtype; on a CPU in float32, where half precision is slow."""
     dtype = "auto" if torch.accelerator.is_available() else torch.float32
-    return AutoModelForCausalLM.from_pretrained(teacher, config=config, dtype=dtype)
+    try:
+        config = AutoConfig.from_pretrained(teacher)
+        if config.vocab_size != student.vocab_size:
+            raise ConversionError(
+                f"the teacher {teacher} has {config.vocab_size} tokens and the model {student.vocab_size}; a teacher "
+                "of the same vocabulary is wanted, such as the dense model that it was converted from."
+            )
+        return AutoModelForCausalLM.from_pretrained(teacher, config=config, dtype=dtype)
+    except ConversionError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"the teacher {teacher} cannot be loaded ({_one_line(error)}).") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _training_arguments(o: HealingOptions, work: Path, progress: bool) -> TrainingArguments:
@@ -239,6 +231,8 @@ def _training_arguments(o: HealingOptions, work: Path, progress: bool) -> Traini
         "weight_decay": 0.0,
         "logging_steps": often,
         "save_steps": often,
+        "eval_on_start": True,
+        "ddp_timeout": 6 * 3600,  # others wait while the first process samples
         "save_total_limit": 1,
         "seed": o.seed,
         "use_cpu": not torch.accelerator.is_available(),
@@ -254,12 +248,58 @@ def _training_arguments(o: HealingOptions, work: Path, progress: bool) -> Traini
     except ImportError as error:
         raise ConversionError("healing wants accelerate, for transformers' Trainer: pip install accelerate.") from error
     except (TypeError, ValueError) as error:
-        raise ConversionError(f"TrainingArguments: {' '.join(str(error).split())}") from error
+        raise ConversionError(f"TrainingArguments: {_one_line(error)}") from error
+
+
+def _prepare(
+    work: Path,
+    model: Path,
+    config: FinedeepConfig,
+    teacher: PreTrainedModel | None,
+    o: HealingOptions,
+    resume: bool,
+    arguments: TrainingArguments,
+) -> tuple[torch.Tensor, int]:
+    """The windows (number, context), and how many of them, the first ones, are held out. The first process makes them.
+
+    Raises:
+        ConversionError: there are fewer than two, or a stopped run stands in the way.
+    """
+    fresh = not work.exists()
+    try:
+        with arguments.main_process_first(local=False, desc="preparing"):
+            if arguments.process_index == 0:
+                _begin(work, {"model": str(model.resolve()), **dataclasses.asdict(o)}, resume)
+            path = work / WINDOWS
+            if not path.exists():
+                sampler = teacher.to(arguments.device) if teacher is not None else None
+                progress = not arguments.disable_tqdm
+                found = healing_windows(
+                    o.data, model, config.vocab_size, o.context, o.tokens, sampler, o.seed, progress
+                )
+                save_whole({"windows": found.contiguous()}, path)
+            windows = load_file(path)["windows"]
+        held = max(1, round(len(windows) * HELD_OUT))
+        if len(windows) <= held:
+            raise ConversionError(
+                f"{o.data} gives {len(windows)} windows of {o.context} tokens; 2 are wanted at least, one to learn "
+                "from and one to check on. Name more data or a smaller context."
+            )
+    except ConversionError:
+        if fresh:
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    return windows, held
 
 
 def _begin(work: Path, plan: Mapping[str, Any], resume: bool) -> None:
-    """Make the folder of a new run, or check that a stopped one was the same."""
+    """Make the folder of a new run, or check that a stopped one, if it got anywhere, is to be gone on with."""
     path, plan = work / PLAN, json.loads(json.dumps(plan))
+    before = read_json(path, "what the stopped run was to do") if path.exists() else None
+    if work.exists() and get_last_checkpoint(work) is None:
+        if before == plan:
+            return  # its windows will do
+        shutil.rmtree(work)
     if not work.exists():
         work.mkdir(parents=True)
         path.write_text(json.dumps(plan), encoding="utf-8")
@@ -268,63 +308,52 @@ def _begin(work: Path, plan: Mapping[str, Any], resume: bool) -> None:
         raise ConversionError(
             f"{work} is what a stopped run has left: go on with --resume, or remove it to start again."
         )
-    before = read_json(path, "what the stopped run was to do")
     if before != plan:
-        changed = sorted(key for key in {*plan, *before} if plan.get(key) != before.get(key))
+        changed = sorted(key for key in {*plan, *(before or {})} if before is None or plan.get(key) != before.get(key))
         raise ConversionError(
             f"the run that stopped was another one: {', '.join(changed)} differ. Give what it was started with, or "
             f"remove {work} to start again."
         )
 
 
-def _windows(
-    work: Path, model: Path, config: FinedeepConfig, teacher: PreTrainedModel | None, o: HealingOptions, progress: bool
-) -> torch.Tensor:
-    path = work / WINDOWS
-    if not path.exists():
-        windows = healing_windows(o.data, model, config.vocab_size, o.context, o.tokens, teacher, o.seed, progress)
-        save_whole({"windows": windows.contiguous()}, path)
-    return load_file(path)["windows"]
+def _losses(logs: Mapping[str, float]) -> dict[str, float]:
+    """The held-out losses of an evaluation, in nats per token."""
+    return {name: logs[f"eval_{name}"] for name in ("next_token", "divergence") if f"eval_{name}" in logs}
 
 
-def _losses(trainer: HealingTrainer) -> dict[str, float]:
-    """Held-out losses, in nats per token."""
-    metrics = trainer.evaluate()
-    return {name: metrics[f"eval_{name}"] for name in ("next_token", "divergence") if f"eval_{name}" in metrics}
+def _tokens_seen(trainer: HealingTrainer, o: HealingOptions) -> int:
+    a = trainer.args
+    return trainer.state.global_step * a.train_batch_size * a.gradient_accumulation_steps * a.world_size * o.context
 
 
-def _before(work: Path, trainer: HealingTrainer) -> dict[str, float]:
-    """The losses before the first step, which a run that goes on reads."""
-    path = work / BEFORE
-    if path.exists():
-        return read_json(path, "the losses before healing")
-    losses = _losses(trainer)
-    if trainer.is_world_process_zero():
-        path.write_text(json.dumps(losses), encoding="utf-8")
-    return losses
-
-
-def _save(
-    model: Path, destination: Path, trainer: HealingTrainer, config: FinedeepConfig, o: HealingOptions, healed: Healed
-) -> None:
+def _save(model: Path, trainer: HealingTrainer, config: FinedeepConfig, o: HealingOptions, healed: Healed) -> None:
     """Write the healed model as a whole folder, in the dtype of the one it came from."""
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    if not trainer.is_world_process_zero():
-        return
-    student = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-    dtype = config.dtype or torch.float32
-    with whole_folder(destination, {}) as folder:
-        student.save_pretrained(folder, state_dict={name: tensor.to(dtype) for name, tensor in state.items()})
-        config.save_pretrained(folder)  # which names the dtype of the file, not of the training
-        for pattern in (*COMPANIONS, RECEIPT, NEURONS):
-            for file in model.glob(pattern):
-                if not (folder / file.name).exists():
-                    shutil.copyfile(file, folder / file.name)
-        receipt = {
-            "options": dataclasses.asdict(o),
-            "tokens_seen": healed.tokens_seen,
-            "held_out_nats_per_token": {"before": healed.before, "after": healed.after},
-            "versions": {package: version(package) for package in (*PACKAGES, "accelerate")},
-        }
-        (folder / HEALING).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(trainer.args.output_dir)
+    if trainer.is_world_process_zero():
+        student = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        if config.tie_word_embeddings:
+            state.pop("lm_head.weight", None)
+        state = {name: tensor.to(config.dtype or torch.float32) for name, tensor in state.items()}
+        with whole_folder(healed.folder, {}) as folder:
+            student.save_pretrained(folder, state_dict=state)
+            config.save_pretrained(folder)  # which names the dtype of the file, not of the training
+            _write_companions(model, folder, o, healed)
+        shutil.rmtree(trainer.args.output_dir)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _write_companions(model: Path, folder: Path, o: HealingOptions, healed: Healed) -> None:
+    """What belongs to the model beside its weights, and the receipts: the conversion's, and healing's own."""
+    for pattern in (*COMPANIONS, NEURONS):
+        for file in model.glob(pattern):
+            if not (folder / file.name).exists():
+                shutil.copyfile(file, folder / file.name)
+    receipt = {
+        "options": dataclasses.asdict(o),
+        "tokens_seen": healed.tokens_seen,
+        "held_out_nats_per_token": {"before": healed.before, "after": healed.after},
+        "versions": {package: version(package) for package in (*PACKAGES, "accelerate")},
+    }
+    write_json(folder / HEALING, receipt)
+    if (model / RECEIPT).is_file():
+        write_json(folder / RECEIPT, {**read_receipt(model), "exact": False, "healing": HEALING})

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from .calibration_text import SELF, read_tokens, sampled_windows
+from .calibration_text import SELF, check_vocabulary, read_tokens, sampled_windows, tokenizer_in
 from .errors import ConversionError
 
 COLUMN = "text"
@@ -46,7 +46,7 @@ def healing_windows(
     if Path(data).is_file():
         ids = read_tokens(folder, Path(data), vocabulary, tokens)
     else:
-        ids = _dataset_tokens(data, folder, tokens, progress)
+        ids = check_vocabulary(_dataset_tokens(data, folder, tokens, progress), vocabulary, folder)
     windows = ids[: len(ids) // context * context].view(-1, context)
     generator = torch.Generator().manual_seed(seed)
     return windows[torch.randperm(len(windows), generator=generator)[: max(2, tokens // context)]]
@@ -54,7 +54,7 @@ def healing_windows(
 
 def _dataset_tokens(data: str, folder: Path, tokens: int, progress: bool) -> torch.Tensor:
     """The first `tokens` of a dataset's documents, each with the tokenizer's special tokens, EOS between them."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = tokenizer_in(folder)
     found: list[int] = []
     documents = _documents(data)
     with tqdm(total=tokens, desc="Reading", unit="tok", unit_scale=True, disable=None if progress else True) as bar:

@@ -26,6 +26,7 @@ MODES = {
     "split": "the dense neurons are shared by all sub-layers: the same size",
     "grow": "sub-layer 1 has the dense neurons, new ones start with a zero W_down: exact for any M, and larger",
 }
+MEASURED = ("activity", "nonlinearity")  # assignments that need a text
 CAST = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Fields of a dense config that belong to the folder it came from or to its classes, not to the model.
 NOT_INHERITED = {
@@ -63,7 +64,8 @@ class Options:
     max_shard_size: str = "5GB"
 
     def __post_init__(self) -> None:
-        if self.assignment is None or (self.assignment == "nonlinearity" and self.calibrate and self.exact):
+        not_measured = self.calibrate is not None and self.exact and self.text is None
+        if self.assignment is None or (self.assignment in MEASURED and not_measured):
             object.__setattr__(self, "assignment", "nonlinearity" if self.calibrates else "contiguous")
 
     @property
@@ -152,7 +154,7 @@ class Plan:
     def memory(self) -> int:
         """Bytes of weights and activations in memory at a time, roughly: a tensor as it is read and as it is written.
 
-        Calibration has, in float32, four residual streams and a layer nine times (dense, three rungs, the best so far,
+        Calibration has, in float32, five residual streams and a layer nine times (dense, three rungs, the best so far,
         gradients, two moments of AdamW, and as it is read), beside the embeddings; `self` has the dense model before.
         """
         copying = max(info.nbytes for info in self.dense.tensors.values()) + max(
@@ -163,7 +165,7 @@ class Plan:
         shapes = dense_shapes(self.dense_config)
         layer = sum(torch.Size(shape).numel() for name, shape in shapes.items() if ".layers.0." in name)
         embeddings = torch.Size(shapes["model.embed_tokens.weight"]).numel()
-        streams = 4 * self.options.calibration_tokens * self.config.hidden_size
+        streams = 5 * self.options.calibration_tokens * self.config.hidden_size
         sampling = self.dense.nbytes if self.options.calibrate == "self" else 0
         return max(4 * (streams + 9 * layer + embeddings), sampling, copying)
 

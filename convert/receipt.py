@@ -58,8 +58,12 @@ def write_receipt(
         "calibration": calibration,
         "versions": {package: version(package) for package in PACKAGES},
     }
-    text = json.dumps(receipt, indent=2, ensure_ascii=False)
-    (folder / RECEIPT).write_text(text + "\n", encoding="utf-8")
+    write_json(folder / RECEIPT, receipt)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON for people to read."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_receipt(path: Path) -> dict[str, Any]:

@@ -44,12 +44,16 @@ class Stream:
         attention = self._attention(layer, tensors)
         for h in (self.dense, self.finedeep):
             over_chunks(lambda x: attention(inputs_embeds=x, use_cache=False).last_hidden_state, h, self.device)
+        self.check(f"after the attention of layer {layer}")
+        return sublayers_from(self.dense_plan.config, tensors, layer, self.device)[0]
+
+    def check(self, where: str) -> None:
+        """Raise `ConversionError` where the dense model's activations are NaN or infinite."""
         if not torch.isfinite(torch.stack(self.dense.aminmax())).all():
             raise ConversionError(
-                f"after the attention of layer {layer} the dense model's activations are NaN or infinite; finite ones "
-                "are wanted. The checkpoint is damaged, or config.json is not its own."
+                f"{where} the dense model's activations are NaN or infinite; finite ones are wanted. The checkpoint is "
+                "damaged, or config.json is not its own."
             )
-        return sublayers_from(self.dense_plan.config, tensors, layer, self.device)[0]
 
     def _attention(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> FinedeepModel:
         """A decoder of one layer that has no FFN: h -> h + r * Attention(RMSNorm(h)), masks and RoPE included."""

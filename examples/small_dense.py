@@ -44,7 +44,7 @@ def main() -> None:
             num_hidden_layers=arguments.layers,
             num_attention_heads=arguments.hidden_size // 64,
             num_key_value_heads=arguments.hidden_size // 64,
-            max_position_embeddings=2 * CONTEXT,
+            max_position_embeddings=CONTEXT,
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,

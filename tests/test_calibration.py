@@ -14,6 +14,7 @@ from finedeep.convert.calibration import LAYER, Calibration
 from finedeep.convert.calibration_text import sampled_windows, text_windows
 from finedeep.convert.closed_form import correct
 from finedeep.convert.destination import unfinished_folder
+from finedeep.convert.hashing import sha256
 from finedeep.convert.least_squares import RIDGES, LeastSquares
 from finedeep.convert.plan import Options, make_plan
 from finedeep.convert.receipt import RECEIPT
@@ -356,6 +357,62 @@ def test_dead_neurons_and_padding_do_no_harm(tmp_path, text):
     assert all(torch.isfinite(tensor).all() for tensor in load_file(tmp_path / "out/model.safetensors").values())
 
 
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        ("granite, biases", {}),
+        ("granite", {"num_expert_sublayers": 3}),
+        ("qwen3", {"routing_input": "hidden_state"}),
+        ("phi3", {"routing_function": "softmax"}),
+    ],
+)
+def test_every_kind_of_layer_is_calibrated(tmp_path, text, case, options):
+    make_family(tmp_path / "dense", *CASES[case])
+    done = calibrate(tmp_path / "dense", tmp_path / "out", text, **{"calibration_steps": 30, **options})
+    assert all(layer.calibrated < layer.cut for layer in done.calibration[:-1])
+    load(tmp_path / "out")
+
+
+def test_an_ffn_that_does_nothing_is_left_alone(tmp_path, text):
+    folder = make_dense(tmp_path / "dense")
+    model = LlamaForCausalLM.from_pretrained(folder)
+    torch.nn.init.zeros_(model.model.layers[0].mlp.down_proj.weight)
+    model.save_pretrained(folder)
+    done = calibrate(folder, tmp_path / "out", text)
+    assert done.calibration[0].calibrated == 0 < done.calibration[1].calibrated
+
+
+def test_a_text_that_changes_meanwhile_is_not_what_the_receipt_names(tmp_path, dense, text, monkeypatch):
+    mine = tmp_path / "text.txt"
+    mine.write_bytes(text.read_bytes())
+    climb = Calibration._climb
+
+    def removing(self, *arguments):
+        mine.unlink(missing_ok=True)
+        return climb(self, *arguments)
+
+    monkeypatch.setattr(Calibration, "_climb", removing)
+    calibrate(dense, tmp_path / "out", mine)
+    receipt = json.loads((tmp_path / "out" / RECEIPT).read_text())
+    assert receipt["calibration"]["text"] == {"name": "text.txt", "sha256": sha256(text)}
+
+
+def test_with_resume_no_error_costs_what_is_done(tmp_path, dense, text, monkeypatch):
+    climb = Calibration._climb
+
+    def failing(self, cut, u, dense_u, wanted, i, held, bar):
+        if i == 1:
+            raise RuntimeError("out of memory")
+        return climb(self, cut, u, dense_u, wanted, i, held, bar)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Calibration, "_climb", failing)
+        with pytest.raises(RuntimeError):
+            calibrate(dense, tmp_path / "out", text, resume=True)
+    assert (unfinished_folder(tmp_path / "out") / LAYER.format(0)).exists()
+    calibrate(dense, tmp_path / "out", text, resume=True)
+
+
 # --- the text --------------------------------------------------------------------------------------------------------
 
 
@@ -378,6 +435,7 @@ def test_sampled_windows_follow_the_models_probabilities(dense):
 
     model = LlamaForCausalLM.from_pretrained(dense).eval()
     found = torch.cat([sampled_windows(model, 8 * 1024, seed, progress=False, length=2)[:, 1] for seed in range(2)])
+    model.generation_config.repetition_penalty = 5.0  # of a checkpoint's generation_config.json, not of the model
     p = model(torch.tensor([[model.config.bos_token_id]])).logits[0, -1].double().softmax(-1)
     expected, observed = (p * len(found)).numpy(), torch.bincount(found, minlength=260).numpy()
     often = expected >= 5
@@ -443,7 +501,7 @@ def test_activations_that_overflow_are_told_of(tmp_path, text):
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.fill_(1e38)
     model.save_pretrained(folder)
-    with pytest.raises(ConversionError, match="layer 1 the dense model's activations are NaN or infinite"):
+    with pytest.raises(ConversionError, match="layer 0 the dense model's activations are NaN or infinite"):
         calibrate(folder, tmp_path / "out", text)
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 

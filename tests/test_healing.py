@@ -1,5 +1,6 @@
 """Healing: the loss is what it says, training lowers it, a stopped run goes on, and what does not fit is refused."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -11,9 +12,10 @@ import torch
 from conftest import make_dense
 from finedeep import FinedeepForCausalLM
 from finedeep.convert import ConversionError, convert_checkpoint
-from finedeep.convert.healing import HEALING, HealingTrainer, heal
+from finedeep.convert.healing import HEALING, HealingOptions, HealingTrainer, heal
 from finedeep.convert.healing_data import healing_windows
-from finedeep_cli import main
+from finedeep.convert.receipt import RECEIPT
+from finedeep_cli import heal_command, main
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
@@ -66,6 +68,43 @@ def test_healing_brings_the_model_nearer(tmp_path, dense, cut, capsys):
     names = {path.name for path in cut.iterdir()} | {HEALING}
     assert {path.name for path in out.iterdir()} == names
     AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+
+
+def test_help_agrees_with_the_options():
+    """The command repeats what `HealingOptions` says, as --help must not import torch."""
+    parser = argparse.ArgumentParser()
+    heal_command.add_arguments(parser)
+    given = vars(parser.parse_args(["model", "destination"]))
+    given["training"] = dict(given["training"])
+    assert HealingOptions(**{name: given[name] for name in vars(HealingOptions())}) == HealingOptions()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("x=1", 1), ("x=true", True), ("x=False", False), ("x=a b", "a b"), ("x=", "")]
+)
+def test_values_are_json_or_pythons_or_text(text, value):
+    parser = argparse.ArgumentParser()
+    heal_command.add_arguments(parser)
+    assert parser.parse_args(["m", "d", "--set", text]).training == [("x", value)]
+
+
+def test_a_tied_model_stays_tied(tmp_path):
+    make_dense(tmp_path / "dense", tie_word_embeddings=True)
+    convert_checkpoint(
+        tmp_path / "dense", tmp_path / "cut", num_experts_per_sublayer=4, dtype="bfloat16", progress=False
+    )
+    heal(tmp_path / "cut", tmp_path / "out", teacher=str(tmp_path / "dense"), **{**QUICK, "steps": 1})
+    names = [set(load_file(tmp_path / name / "model.safetensors")) for name in ("cut", "out")]
+    assert names[0] == names[1]
+
+
+def test_what_is_healed_is_exact_no_more(tmp_path, dense, converted):
+    """The receipt of an exact conversion is not handed on as it is."""
+    assert json.loads((converted / RECEIPT).read_text())["exact"]
+    heal(converted, tmp_path / "out", teacher=str(dense), **{**QUICK, "steps": 1})
+    receipt = json.loads((tmp_path / "out" / RECEIPT).read_text())
+    assert not receipt["exact"]
+    assert receipt["healing"] == HEALING
 
 
 def test_the_context_is_the_models_at_most(tmp_path, dense, cut):
@@ -125,12 +164,15 @@ def test_two_processes(tmp_path, dense, cut):
     receipt = json.loads((tmp_path / "two" / HEALING).read_text())
     assert receipt["tokens_seen"] == 6 * 2 * 2 * 32
     assert [path.name for path in tmp_path.iterdir()] == ["two"]
-    heal(cut, tmp_path / "one", teacher=str(dense), **{**QUICK, "steps": 6})
-    one, two, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "one", tmp_path / "two", cut))
-    name = "model.layers.0.sublayers.0.gate_proj.weight"
-    moved = (one[name] - before[name]).norm()
-    assert moved > 0
-    assert (two[name] - before[name]).norm() > 0.5 * moved
+    one = heal(cut, tmp_path / "one", teacher=str(dense), **{**QUICK, "steps": 6})
+    said = receipt["held_out_nats_per_token"]
+    assert said["before"] == pytest.approx(one.before, rel=1e-5)
+    assert said["after"] == pytest.approx(one.after, rel=1e-4)
+    before = load_file(cut / "model.safetensors")
+    alone, together = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name, tensor in alone.items():
+        moved = (tensor - before[name]).abs().max().item()
+        torch.testing.assert_close(together[name], tensor, rtol=0, atol=0.05 * moved + 1e-6)
 
 
 # --- the data --------------------------------------------------------------------------------------------------------
