@@ -1,0 +1,78 @@
+"""The measurement of what calibration brings back: what it runs, and how its lines become tables."""
+
+import json
+import shlex
+import sys
+
+import pytest
+import torch
+from finedeep.benchmarks import gap
+from finedeep.benchmarks.readme import check_marks
+from transformers import LlamaForCausalLM
+
+
+def line(**changes):
+    common = {
+        "model": "m",
+        "shape": "2x8",
+        "source": "self",
+        "rung": "healed",
+        "dense": 1.0,
+        "cut": 2.0,
+        "seconds": 60.0,
+    }
+    command = "finedeep heal BEFORE OUT --teacher DENSE --data DATA --steps 7 --seed 0"
+    return {**common, "seed": 0, "loss": 1.1, "command": command, **changes}
+
+
+def test_means_over_seeds_and_shares_of_the_gap():
+    lines = [line(seed=seed, loss=loss) for seed, loss in enumerate((1.1, 1.2, 1.3))]
+    (row,) = [row for row in gap.table_of(lines).splitlines() if "healed" in row]
+    assert "| 1.2000 | +0.2000 | 80.0% (70.0% to 90.0%) | 60 | 3 |" in row
+    assert "`--steps 7`" in row
+    assert "1.200 (80%, 1.0 min)" in gap.summary_of(lines)
+
+
+def test_what_was_done_otherwise_is_a_row_of_its_own():
+    lines = [line(), line(command=line()["command"].replace("--steps 7", "--steps 70"))]
+    assert sum("healed" in row for row in gap.table_of(lines).splitlines()) == 2
+
+
+def test_the_loss_is_that_of_the_whole_text(tmp_path, dense):
+    windows = torch.randint(256, (20, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = LlamaForCausalLM.from_pretrained(dense)(windows, labels=windows).loss.item()
+    assert gap.loss_of(dense, windows) == pytest.approx(expected, rel=1e-5)
+
+
+def test_every_rung_runs(tmp_path, dense, monkeypatch):
+    """With few steps; and the command that a line names is the one that was run."""
+    (tmp_path / "text.txt").write_text("There was a text, and it was not long. " * 200)
+    monkeypatch.setattr(gap, "RESULTS", tmp_path / "gap.jsonl")
+    few = ["--convert", "--calibration-tokens 4096 --calibration-steps 2", "--heal", "--steps 2 --tokens 2048"]
+    few += ["--heal-longer", "--steps 3 --tokens 2048", "--window", "64", "--shapes", "2x4", "--seeds", "3"]
+    monkeypatch.setattr(sys, "argv", ["gap", str(dense), str(tmp_path / "text.txt"), "--name", "tiny", *few])
+    ran = []
+    run = gap.run
+    monkeypatch.setattr(gap, "run", lambda command: (ran.append(command), run(command)))
+    gap.main()
+    lines = [json.loads(text) for text in (tmp_path / "gap.jsonl").read_text().splitlines()]
+    assert [(x["source"], x["rung"]) for x in lines] == [(s, rung) for s in ("self", "text") for rung in gap.RUNGS]
+    for x, command in zip(lines, ran[1:], strict=True):
+        assert [word for word in shlex.split(x["command"])[1:] if not word.isupper()] == [
+            word for word in map(str, command) if not word.startswith("/") and word != "self"
+        ]
+        assert x["seed"] == 3
+    assert lines[3]["seconds"] > lines[1]["seconds"]
+
+
+def test_the_pages_have_their_places():
+    check_marks("gap", gap.PAGE)
+    check_marks("gap", gap.ROOT / "README.md")
+
+
+def test_the_pages_show_what_was_measured():
+    """As the command makes them from the committed lines."""
+    lines = [json.loads(text) for text in gap.RESULTS.read_text(encoding="utf-8").splitlines()]
+    assert gap.table_of(lines) in gap.PAGE.read_text(encoding="utf-8")
+    assert gap.summary_of(lines) in (gap.ROOT / "README.md").read_text(encoding="utf-8")
