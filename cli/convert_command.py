@@ -60,7 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "shuffled (random), the most active on a text first (activity), the least linear first (nonlinearity, default "
         "with --calibrate), or by direction of their gates (clusters)",
     )
-    option("--assignment-text", dest="text", metavar="FILE", help="the text on which activity is measured")
+    option(
+        "--assignment-text",
+        dest="text",
+        metavar="FILE",
+        help="the text on which activity is measured, without --calibrate",
+    )
     option(
         "--calibrate",
         metavar="TEXT",
@@ -81,7 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of 4,096 tokens, for each layer; 0: closed-form corrections only (default: %(default)s)",
     )
-    option("--seed", type=int, default=0, help="for random, clusters, new weights and the probe (default: 0)")
+    option(
+        "--seed", type=int, default=0, help="for random, clusters, new weights, calibration and the probe (default: 0)"
+    )
     option(
         "--routing-input",
         choices=("expert_output", "hidden_state"),
