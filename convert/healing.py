@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -182,7 +183,13 @@ def heal(
             trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=get_last_checkpoint(work))
         before = next(_losses(logs) for logs in trainer.state.log_history if "eval_loss" in logs)
-        healed = Healed(destination, _tokens_seen(trainer, o), before, _losses(trainer.evaluate()))
+        after = _losses(trainer.evaluate())
+        if not all(map(math.isfinite, after.values())):
+            raise ConversionError(
+                f"training has diverged, the losses are {after}; a learning rate lower than {arguments.learning_rate} "
+                f"is wanted. Remove {work}: its checkpoints are of no use."
+            )
+        healed = Healed(destination, _tokens_seen(trainer, o), before, after)
         _save(model, trainer, config, o, healed)
     return healed
 

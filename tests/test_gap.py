@@ -45,25 +45,37 @@ def test_the_loss_is_that_of_the_whole_text(tmp_path, dense):
     assert gap.loss_of(dense, windows) == pytest.approx(expected, rel=1e-5)
 
 
-def test_every_rung_runs(tmp_path, dense, monkeypatch):
+def test_rungs_run(tmp_path, dense, monkeypatch):
     """With few steps; and the command that a line names is the one that was run."""
     (tmp_path / "text.txt").write_text("There was a text, and it was not long. " * 200)
     monkeypatch.setattr(gap, "RESULTS", tmp_path / "gap.jsonl")
     few = ["--convert", "--calibration-tokens 4096 --calibration-steps 2", "--heal", "--steps 2 --tokens 2048"]
-    few += ["--heal-longer", "--steps 3 --tokens 2048", "--window", "64", "--shapes", "2x4", "--seeds", "3"]
+    few += [
+        "--rungs",
+        "layer by layer",
+        "healed",
+        "--window",
+        "64",
+        "--shapes",
+        "2x4",
+        "--sources",
+        "text",
+        "--seeds",
+        "3",
+    ]
     monkeypatch.setattr(sys, "argv", ["gap", str(dense), str(tmp_path / "text.txt"), "--name", "tiny", *few])
     ran = []
     run = gap.run
     monkeypatch.setattr(gap, "run", lambda command: (ran.append(command), run(command)))
     gap.main()
     lines = [json.loads(text) for text in (tmp_path / "gap.jsonl").read_text().splitlines()]
-    assert [(x["source"], x["rung"]) for x in lines] == [(s, rung) for s in ("self", "text") for rung in gap.RUNGS]
+    assert [(x["source"], x["rung"]) for x in lines] == [("text", "layer by layer"), ("text", "healed")]
     for x, command in zip(lines, ran[1:], strict=True):
         assert [word for word in shlex.split(x["command"])[1:] if not word.isupper()] == [
             word for word in map(str, command) if not word.startswith("/") and word != "self"
         ]
         assert x["seed"] == 3
-    assert lines[3]["seconds"] > lines[1]["seconds"]
+    assert lines[1]["seconds"] > lines[0]["seconds"]
 
 
 def test_the_pages_have_their_places():

@@ -230,6 +230,12 @@ def test_what_does_not_fit_is_refused(tmp_path, dense, cut, options, words):
     assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "short.txt"}
 
 
+def test_a_model_that_has_diverged_is_not_saved(tmp_path, dense, cut):
+    with pytest.raises(ConversionError, match=r"training has diverged.* lower than 1e\+30 is wanted"):
+        heal(cut, tmp_path / "out", teacher=str(dense), **{**QUICK, "learning_rate": 1e30})
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_teacher_of_another_vocabulary(tmp_path, cut):
     make_dense(tmp_path / "other", vocab_size=300)
     with pytest.raises(ConversionError, match="has 300 tokens and the model 260"):
