@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from .activity import activity_on, nonlinearity_on
 from .blockwise import Objective, error_of, fit, logit_divergence, stream_error
-from .calibration_text import SELF, sampled_windows, text_windows
+from .calibration_text import SELF, held_out, sampled_windows, text_windows
 from .closed_form import correct
 from .errors import ConversionError
 from .hashing import sha256
@@ -36,7 +36,6 @@ from .tensors import cast, layer_tensors
 WINDOWS = ".calibration-windows.safetensors"
 LAYER = ".calibrated-{}.safetensors"
 NEURONS = "neurons"  # beside the tensors in a layer's file
-HELD_OUT = 1 / 16  # of the windows
 TOKENS_PER_CHANNEL = 4  # at least: least squares would learn fewer by heart
 
 
@@ -206,11 +205,6 @@ class Calibration:
         head = dense.load("model.embed_tokens.weight" if self.plan.config.tie_word_embeddings else "lm_head.weight")
         norm = dense.load("model.norm.weight").float().to(self.device)
         return logit_divergence(norm, head.float().to(self.device), self.plan.config)
-
-
-def held_out(windows: torch.Tensor) -> int:
-    """How many windows are held out."""
-    return max(1, round(len(windows) * HELD_OUT))
 
 
 def best_device() -> torch.device:

@@ -10,14 +10,21 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 from .errors import ConversionError
 
 SELF = "self"
+HELD_OUT = 1 / 16  # of the windows
 WINDOW = 512  # tokens, or as many as the model has positions for
 CACHE = 2**30  # bytes of keys and values of the texts that are sampled at a time
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 CHARACTERS = 16  # that a token is long at most, on average: what of a text is read
 
 
 def window_of(config: object) -> int:
     """Tokens in a window for a model."""
     return min(WINDOW, config.max_position_embeddings)
+
+
+def held_out(windows: torch.Tensor) -> int:
+    """How many windows, the first ones, are held out from learning."""
+    return max(1, round(len(windows) * HELD_OUT))
 
 
 def read_tokens(folder: Path, text: Path, vocabulary: int, most: int | None = None) -> torch.Tensor:
@@ -43,6 +50,8 @@ def read_tokens(folder: Path, text: Path, vocabulary: int, most: int | None = No
 def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase:
     """A folder's tokenizer. Raises `ConversionError` where there is none."""
     try:
+        if not any((folder / name).is_file() for name in VOCABULARIES):  # some versions make an empty one up
+            raise FileNotFoundError(f"none of {', '.join(VOCABULARIES)}")
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # what is raised where there is none differs by version
         raise ConversionError(

@@ -1,5 +1,11 @@
-"""The one error that a conversion reports to its user."""
+"""The one error that a conversion reports to its user, and a check that many options need."""
 
 
 class ConversionError(ValueError):
     """The conversion cannot be done as asked. The message says what was found, what was wanted and what to do."""
+
+
+def check_whole_number(field: str, value: object, least: int) -> None:
+    """Raise `ConversionError` unless `value` is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConversionError(f"{field}={value!r} is not a whole number of at least {least}.")

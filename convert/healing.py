@@ -25,9 +25,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..configuration_finedeep import FinedeepConfig
 from ..modeling_finedeep import FinedeepForCausalLM
-from .calibration_text import SELF
+from .calibration_text import SELF, held_out
 from .destination import check_free, whole_folder
-from .errors import ConversionError
+from .errors import ConversionError, check_whole_number
 from .healing_data import healing_windows
 from .loading_bars import without_loading_bars
 from .receipt import NEURONS, PACKAGES, RECEIPT, read_receipt, write_json
@@ -36,7 +36,6 @@ from .source import COMPANIONS, read_json
 
 HEALING = "finedeep_healing.json"
 PLAN, WINDOWS = "plan.json", "windows.safetensors"
-HELD_OUT = 1 / 16  # of the windows
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,8 @@ class HealingOptions:
 
     data: str = SELF
     teacher: str | None = None
-    divergence: float | None = (
-        None  # the share of KL(teacher || student) in the loss; by default 1 with a teacher, else 0
-    )
+    # The share of KL(teacher || student) in the loss; None: 1 with a teacher, 0 without.
+    divergence: float | None = None
     tokens: int = 1_048_576
     context: int = 512  # or as many as the model has positions for
     steps: int = 1000
@@ -63,9 +61,7 @@ class HealingOptions:
     def check(self) -> None:
         """Raise `ConversionError` for an option that cannot be met."""
         for name in ("tokens", "context", "steps", "batch_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConversionError(f"{name}={value!r} is not a whole number of at least 1.")
+            check_whole_number(name, getattr(self, name), least=1)
         if not 0 <= self.divergence <= 1:
             raise ConversionError(
                 f"divergence={self.divergence} is not between 0 (next token only) and 1 (teacher only)."
@@ -286,7 +282,7 @@ def _prepare(
                 )
                 save_whole({"windows": found.contiguous()}, path)
             windows = load_file(path)["windows"]
-        held = max(1, round(len(windows) * HELD_OUT))
+        held = held_out(windows)
         if len(windows) <= held:
             raise ConversionError(
                 f"{o.data} gives {len(windows)} windows of {o.context} tokens; 2 are wanted at least, one to learn "

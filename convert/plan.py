@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, PretrainedConfig
 
 from ..configuration_finedeep import FinedeepConfig
-from .errors import ConversionError
+from .errors import ConversionError, check_whole_number
 from .families import FAMILIES, Family, why_not
 from .hashing import sha256
 from .mapping import RECOMPUTED, Target, dense_shapes, family_config, pieces, some, targets
@@ -91,9 +91,7 @@ class Options:
         if self.assignment == "nonlinearity" and not self.calibrates:
             raise ConversionError("assignment 'nonlinearity' is measured in calibration; add --calibrate (calibrate=).")
         for field, least in {"calibration_tokens": 1, "calibration_steps": 0}.items():
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConversionError(f"{field}={value!r} is not a whole number of at least {least}.")
+            check_whole_number(field, getattr(self, field), least)
         parse_size(self.max_shard_size)
 
 
