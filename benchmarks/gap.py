@@ -187,7 +187,8 @@ def groups_of(lines: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], lis
         groups[line["model"], line["shape"], line["source"], line["rung"], options_of(line["command"])].append(line)
     means = []
     for key, found in groups.items():
-        mean = {name: statistics.mean(line[name] for line in found) for name in ("loss", "dense", "cut", "seconds")}
+        mean = {name: statistics.mean(line[name] for line in found) for name in ("loss", "dense", "cut")}
+        mean["seconds"] = statistics.median(line["seconds"] for line in found)
         common = dict(zip(("model", "shape", "source", "rung", "options"), key, strict=True))
         means.append((common | mean, found))
     yield from sorted(means, key=lambda item: (*(item[0][name] for name in ("model", "shape")), item[0]["seconds"]))
@@ -199,7 +200,7 @@ def share(line: dict[str, Any]) -> float:
 
 
 def table_of(lines: list[dict[str, Any]]) -> str:
-    """Everything that was measured: means over seeds, with the lowest and the highest share."""
+    """Everything that was measured: means over seeds, with the lowest and the highest share, and median seconds."""
     head = ["model", "M x K", "text", "rung", "options", "loss", "over dense", "of the gap closed", "seconds", "seeds"]
     rows, seen = [], set()
     for mean, found in groups_of(lines):
