@@ -90,9 +90,9 @@ def fit(
     device = sublayers[0].norm.weight.device
     groups = _groups(sublayers, (wanted - u) / r)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [group["lr"] for group in groups], total_steps=steps + 1, pct_start=0.1, final_div_factor=100
-    )
+    total, rates = steps + 1, [group["lr"] for group in groups]
+    rising = max(0.1, 2 / total)  # two steps at least: torch divides by the number less one
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total, pct_start=rising, final_div_factor=100)
     best, best_state, worse = error_of(sublayers, u[:held], wanted[:held], r, objective), _state(sublayers), 0
     order = torch.empty(0, dtype=torch.long)
     for step in range(1, steps + 1):

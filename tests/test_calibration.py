@@ -240,6 +240,13 @@ def test_the_fit_never_ends_worse_than_it_began(gentle):
     assert all(torch.equal(tensor, given[name]) for name, tensor in right.state_dict().items())
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 8, 9, 10, 19, 20])
+def test_any_number_of_steps(gentle, steps):
+    sublayers, ffn, u = layer_of(gentle)
+    how = {"held": 256, "steps": steps, "generator": torch.Generator().manual_seed(0)}
+    assert len(list(fit(sublayers, u, through([ffn], u, 1.0), 1.0, stream_error(1.0), **how))) == steps
+
+
 # --- the conversion --------------------------------------------------------------------------------------------------
 
 
