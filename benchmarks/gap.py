@@ -229,7 +229,7 @@ def table_of(lines: list[dict[str, Any]]) -> str:
 
 def summary_of(lines: list[dict[str, Any]]) -> str:
     """For the README: of each model and shape the dense loss, the cut's, and each rung's on sampled text."""
-    head = ["model", "M x K", "dense", "cut", *RUNGS]
+    head = ["model", "M x K", "dense", "cut", *(rung for rung in RUNGS if rung in {line["rung"] for line in lines})]
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for mean, found in groups_of([line for line in lines if line["source"] == "self"]):
         row = rows.setdefault((mean["model"], mean["shape"]), {})
