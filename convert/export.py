@@ -163,7 +163,9 @@ def _orders(
     name = options["assignment"]
     if name in FORMULAS:
         shuffles = [layer_generator(options["seed"], i) for i in range(layers)]
-        made = [assign(name, Layer(i, width, 1, K, shuffles[i], None, None)) for i in range(layers)]
+        # A formula reads no weight and measures nothing.
+        reads = dict.fromkeys(("gate", "activity", "nonlinearity"))
+        made = [assign(name, Layer(i, width, 1, K, shuffles[i], **reads)) for i in range(layers)]
     else:
         path = held.folder / NEURONS
         if not path.is_file():
