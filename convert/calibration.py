@@ -8,7 +8,6 @@ the dense model's next-token probabilities.
 import copy
 import json
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -52,15 +51,6 @@ class LayerErrors:
     calibrated: float
 
 
-@dataclass(frozen=True)
-class Calibrated:
-    """A layer's sub-layers as tensors by their names in the checkpoint, with their neurons (M, K, e)."""
-
-    tensors: Mapping[str, torch.Tensor]
-    neurons: torch.Tensor
-    errors: LayerErrors
-
-
 class Calibration:
     """Calibrates a plan's layers. Each is kept in `folder`, so that a stopped run can go on with the next."""
 
@@ -94,18 +84,22 @@ class Calibration:
                 self._layer(stream, i, held * windows.shape[1], bar)
                 bar.update((i + 1) * steps - bar.n)
 
-    def layer(self, i: int) -> Calibrated:
-        """A layer that has been calibrated."""
-        path = self.folder / LAYER.format(i)
-        with safe_open(path, framework="pt") as file:
-            errors = json.loads(file.metadata()["errors"])
-        tensors = load_file(path)
-        neurons = tensors.pop(NEURONS)
-        return Calibrated(tensors, neurons, LayerErrors(**errors))
+    def tensors(self, i: int) -> dict[str, torch.Tensor]:
+        """A calibrated layer's sub-layers, by their names in the checkpoint."""
+        return {name: tensor for name, tensor in load_file(self.folder / LAYER.format(i)).items() if name != NEURONS}
+
+    def neurons(self, i: int) -> torch.Tensor:
+        """Which neurons a calibrated layer's experts have, (M, K, e)."""
+        with safe_open(self.folder / LAYER.format(i), framework="pt") as file:
+            return file.get_tensor(NEURONS)
 
     def errors(self) -> list[LayerErrors]:
         """Each layer's."""
-        return [self.layer(i).errors for i in range(self.plan.config.num_hidden_layers)]
+        found = []
+        for i in range(self.plan.config.num_hidden_layers):
+            with safe_open(self.folder / LAYER.format(i), framework="pt") as file:
+                found.append(LayerErrors(**json.loads(file.metadata()["errors"])))
+        return found
 
     def record(self) -> dict[str, Any]:
         """For the receipt: on what, and how near each layer came."""
@@ -166,7 +160,7 @@ class Calibration:
             if self.progress:
                 rungs = ", ".join(f"{rung.replace('_', ' ')} {error:.3f}" for rung, error in asdict(errors).items())
                 bar.write(f"layer {i}: relative error {rungs}", file=sys.stderr)
-        sublayers = sublayers_from(plan.config, load_file(path), i, self.device)  # rounded as they will be written
+        sublayers = sublayers_from(plan.config, self.tensors(i), i, self.device)  # rounded as they will be written
         over_chunks(partial(through, sublayers, r=self.r), stream.finedeep, self.device)
 
     def _climb(

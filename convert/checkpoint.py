@@ -134,7 +134,7 @@ def _neurons_of(plan: Plan, calibration: Calibration | None, progress: bool) -> 
     """For each layer, (M, K, e) numbers of dense neurons; in grow mode the first sub-layer has them all."""
     layers = range(plan.dense_config.num_hidden_layers)
     if calibration is not None:
-        return [calibration.layer(i).neurons for i in layers]
+        return [calibration.neurons(i) for i in layers]
 
     @cache
     def activities() -> list[torch.Tensor]:
@@ -195,7 +195,7 @@ def _write_weights(
         for layer, layer_targets in by_layer.items():
             missing = {t.name for t in layer_targets if shard_of[t.name].file_name not in finished}
             probed = layer >= 0 and calibration is None and str(layer) not in known
-            ready = calibration.layer(layer).tensors if calibration is not None and layer >= 0 else {}
+            ready = calibration.tensors(layer) if calibration is not None and layer >= 0 else {}
             probe = _layer_probe(h, plan, layer) if probed else None
             wanted = [target for target in layer_targets if probed or target.name in missing]
             for target, blocks in made(plan, wanted, neurons, probe, ready):
