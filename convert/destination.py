@@ -113,10 +113,9 @@ def _begin(folder: Path, destination: Path, plan: Mapping[str, Any], resume: boo
     except (OSError, ValueError):
         before = None
     if resume and before is not None and before != plan:
-        changed = sorted(key for key in {*plan, *before} if plan.get(key) != before.get(key))
         raise _KeptError(
-            f"the run to {destination} that stopped was another one: {', '.join(changed)} differ. Run without --resume "
-            "to start again, or with what it was started with."
+            f"the run to {destination} that stopped was another one: {differing(plan, before)} differ. Run without "
+            "--resume to start again, or with what it was started with."
         )
     for file in folder.iterdir():
         kept = file.name in (LOCK, PLAN) or (resume and before == plan and file.name.endswith(KEPT))
@@ -124,6 +123,11 @@ def _begin(folder: Path, destination: Path, plan: Mapping[str, Any], resume: boo
             file.unlink()
     if before != plan or not resume:
         _write_whole(path, json.dumps(plan))
+
+
+def differing(plan: Mapping[str, Any], before: Mapping[str, Any]) -> str:
+    """The names of what two plans do not have in common."""
+    return ", ".join(sorted(key for key in {*plan, *before} if plan.get(key) != before.get(key)))
 
 
 def _finish(folder: Path, destination: Path) -> None:

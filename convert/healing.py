@@ -26,7 +26,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..configuration_finedeep import FinedeepConfig
 from ..modeling_finedeep import FinedeepForCausalLM
 from .calibration_text import SELF, held_out
-from .destination import check_free, whole_folder
+from .destination import check_free, differing, whole_folder
 from .errors import ConversionError, check_whole_number
 from .healing_data import healing_windows
 from .loading_bars import without_loading_bars
@@ -298,24 +298,21 @@ def _prepare(
 def _begin(work: Path, plan: Mapping[str, Any], resume: bool) -> None:
     """Make the folder of a new run, or check that a stopped one, if it got anywhere, is to be gone on with."""
     path, plan = work / PLAN, json.loads(json.dumps(plan))
-    before = read_json(path, "what the stopped run was to do") if path.exists() else None
-    if work.exists() and get_last_checkpoint(work) is None:
-        if before == plan:
-            return  # its windows will do
-        shutil.rmtree(work)
-    if not work.exists():
-        work.mkdir(parents=True)
-        path.write_text(json.dumps(plan), encoding="utf-8")
+    before = read_json(path, "what the stopped run was to do") if path.exists() else {}
+    if not work.exists() or get_last_checkpoint(work) is None:
+        if before != plan:  # otherwise its windows will do
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True)
+            path.write_text(json.dumps(plan), encoding="utf-8")
         return
     if not resume:
         raise ConversionError(
             f"{work} is what a stopped run has left: go on with --resume, or remove it to start again."
         )
     if before != plan:
-        changed = sorted(key for key in {*plan, *(before or {})} if before is None or plan.get(key) != before.get(key))
         raise ConversionError(
-            f"the run that stopped was another one: {', '.join(changed)} differ. Give what it was started with, or "
-            f"remove {work} to start again."
+            f"the run that stopped was another one: {differing(plan, before)} differ. Give what it was started with, "
+            f"or remove {work} to start again."
         )
 
 
