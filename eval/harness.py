@@ -1,18 +1,26 @@
-"""Run lm-evaluation-harness in this process, on one model or on two side by side."""
+"""Run lm-evaluation-harness in this process, on one model."""
 
 import contextlib
 import difflib
+import json
 import logging
+import math
 import os
 import sys
+import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .errors import EvaluationError
+from .scores import Results, scores_of
 
-Results = dict[str, Any]
+SUITE = Path(__file__).parent / "tasks"
+MOST_ON_A_CPU = 32  # sequences in a batch: more of them are no faster there
+SHARE_OF_MEMORY = 4  # one part of what is free may go into a batch's logits
+ROUGH_BOOTSTRAP = 1000  # resamples for a perplexity's standard error, where the harness's 100,000 are still to come
+COPIES = 3  # of the logits: in the model's dtype, in float32, and their log-softmax
 
 
 def require_harness() -> Any:
@@ -32,92 +40,118 @@ def evaluate(
     model: str | Path,
     tasks: Sequence[str],
     *,
-    include_path: str | Path | None = None,
+    include_path: str | Path | Sequence[str | Path] | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
-    batch_size: int | str = 8,
+    batch_size: int | str = "auto",
     device: str | None = None,
     dtype: str = "auto",
     max_length: int | None = None,
+    model_args: Mapping[str, Any] | None = None,
     output: str | Path | None = None,
+    work: str | Path | None = None,
+    say: Callable[[str], None] | None = None,
     seed: int = 1234,
 ) -> Results:
-    """Score one model with lm-evaluation-harness.
+    """Score one model with lm-evaluation-harness, one task after the other.
 
-    The call is the harness's own `simple_evaluate` with its `hf` model, so that the scores are the ones that
-    `lm_eval run --model hf --model_args pretrained=MODEL,trust_remote_code=True` reports.
+    The calls are the harness's own `simple_evaluate` with its `hf` model, so that the scores are the ones that
+    `lm_eval run --model hf --model_args pretrained=MODEL,trust_remote_code=True` reports, groups' averages included. Under
+    `accelerate launch` each process calls this, and the harness shares out the samples over the GPUs.
 
     Args:
         model: a local folder or a Hub id, dense or Finedeep. No code out of it is run.
         tasks: names of the harness's tasks or groups, or of those in `include_path`.
-        include_path: a folder with task definitions of your own.
+        include_path: a folder, or folders, with task definitions of your own.
         num_fewshot: examples before each question; None leaves it to the task.
         limit: how many samples of each task; None for all.
-        batch_size: a number, or "auto".
+        batch_size: a number; or "auto": on a GPU the largest that fits, found by trying, on a CPU one for which memory
+            is certain to do. A batch that turns out too large is halved.
         device: such as "cpu" or "cuda:0"; None picks a GPU where there is one.
         dtype: "auto" for the checkpoint's own, or such as "float32".
         max_length: tokens of context and answer together; None for the model's own limit.
-        output: a folder for the harness's results JSON.
+        model_args: further arguments of the harness's `hf` model, such as {"parallelize": True}.
+        output: a folder for the harness's results and samples.
+        work: a folder in which every answer is kept as soon as it is there, so that a run that was stopped goes on with
+            the next question, and each task's scores as soon as it is done.
+        say: is given a line as each task is done.
         seed: for the choice of few-shot examples and bootstrap samples.
 
     Returns:
-        The harness's results, without the samples.
+        The harness's results, with the samples. In the processes of `accelerate launch` but the first: {}.
 
     Raises:
-        EvaluationError: lm-eval is missing, a task is unknown, or the model cannot be loaded.
+        EvaluationError: lm-eval is missing, a task is unknown or cannot be had, the model cannot be loaded or is broken.
     """
     lm_eval = require_harness()
-    import torch
-    from lm_eval.loggers import EvaluationTracker
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    manager = _task_manager(tasks, include_path)
-    tracker = EvaluationTracker(output_path=str(output)) if output else None
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # the harness prints its progress; stdout is for the scores
-            results = lm_eval.simple_evaluate(
-                model="hf",
-                # Importing this package has registered Finedeep: no code out of a model's folder need be trusted.
-                model_args={"pretrained": str(model), "dtype": dtype, "max_length": max_length},
-                tasks=list(tasks),
-                task_manager=manager,
-                num_fewshot=num_fewshot,
-                limit=limit,
-                batch_size=batch_size,
-                device=device,
-                evaluation_tracker=tracker,
-                log_samples=tracker is not None,
-                random_seed=seed,
-                numpy_random_seed=seed,
-                torch_random_seed=seed,
-                fewshot_random_seed=seed,
-            )
-    except OSError as error:
-        raise EvaluationError(f"{model} on {', '.join(tasks)}: {' '.join(str(error).split())}") from error
-    except AssertionError as error:
-        if "continuation_enc" not in traceback.format_exc():
-            raise
-        raise EvaluationError(
-            f"an answer in {', '.join(tasks)} has more tokens than {model} can take at once. --max-length raises the "
-            "limit beyond the length that the model was trained for."
-        ) from error
-    samples = results.pop("samples", None)
-    if tracker:
-        tracker.save_results_aggregated(results=results, samples=samples)
-        for task, task_samples in (samples or {}).items():
-            tracker.save_results_samples(task_name=task, samples=task_samples)
+    say = say or (lambda line: None)
+    wanted = _load_tasks(tasks, include_path)
+    arguments = {
+        "pretrained": str(model),
+        "dtype": dtype,
+        "max_length": max_length,
+        **(model_args or {}),
+    }
+    with _errors_of(model, tasks):
+        lm = _load_model(arguments, batch_size, device)
+        if batch_size == "auto" and lm.device.type == "cpu":
+            lm.batch_size_per_gpu = _batch_for_memory(lm)
+    _check_logits(lm, model)
+    how = {
+        "task_manager": wanted.manager,
+        "num_fewshot": num_fewshot,
+        "limit": limit,
+        "log_samples": True,
+        "random_seed": seed,
+        "numpy_random_seed": seed,
+        "torch_random_seed": seed,
+        "fewshot_random_seed": seed,
+    }
+    with contextlib.ExitStack() as stack:
+        folder = Path(work or stack.enter_context(tempfile.TemporaryDirectory(prefix="finedeep-eval-")))
+        how["use_cache"] = str(folder / "answers")
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # where the harness shows its progress
+        results: Results = {}
+        at_once = len(wanted.whole) == 1 and wanted.whole[0] in wanted.leaves.values()
+        rough = {} if at_once else {"bootstrap_iters": ROUGH_BOOTSTRAP}
+        for i, (name, task) in enumerate(wanted.leaves.items(), start=1):
+            with _errors_of(model, [name]):
+                results = _simple_evaluate(lm_eval, lm, [task], how | rough, say)
+            if results:
+                _check_answers(results, name, model)
+                _keep(folder / f"{name}.json", results)
+                say(f"[{i}/{len(wanted.leaves)}] {_summary(results)}")
+        if not at_once:
+            # Everything once more, from the answers that were kept: groups' averages as the harness makes them.
+            results = _simple_evaluate(lm_eval, lm, wanted.whole, how, say)
+    if not results:
+        return {}
+    results["config"] |= {"model": "hf", "model_args": arguments, "batch_size": batch_size, "use_cache": None}
+    if output:
+        _save(results, Path(output), arguments)
     return results
 
 
-def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> Any:
-    """The harness's index of tasks. Reading its thousands of own definitions takes seconds, so only where wanted."""
+class _Wanted:
+    """The tasks, loaded: one by one, and as they were asked for, in groups."""
+
+    def __init__(self, manager: Any, tasks: Sequence[str]):
+        self.manager = manager
+        loaded = manager.load(list(tasks))
+        self.leaves = loaded["tasks"]
+        below = {child for children in loaded["group_map"].values() for child in children}
+        groups = [group for name, group in loaded["groups"].items() if name not in below]
+        self.whole = [*groups, *(task for name, task in self.leaves.items() if name not in below)]
+
+
+def _load_tasks(tasks: Sequence[str], include_path: str | Path | Sequence[str | Path] | None) -> _Wanted:
+    """The tasks by the harness's index. Reading its thousands of own definitions takes seconds, so only where wanted."""
     from lm_eval.tasks import TaskManager
 
-    if include_path:
-        own = TaskManager(include_path=str(include_path), include_defaults=False)
-        if set(tasks) <= set(own.all_tasks):
-            return own
-    manager = TaskManager(include_path=str(include_path) if include_path else None)
+    paths = [include_path] if isinstance(include_path, (str, Path)) else list(include_path or [])
+    manager = TaskManager(include_path=list(map(str, paths)), include_defaults=False)
+    if not all(_is_whole(manager.task_index, task) for task in tasks):
+        manager = TaskManager(include_path=[str(SUITE), *map(str, paths)])
     for task in tasks:
         if task not in manager.all_tasks:
             nearest = ", ".join(difflib.get_close_matches(task, manager.all_tasks, n=3)) or "none is near"
@@ -125,4 +159,141 @@ def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> Any:
                 f"the harness has no task {task!r} (nearest: {nearest}). `lm-eval ls tasks` lists all; for tasks of "
                 "your own name their folder with --include-path."
             )
-    return manager
+    try:
+        return _Wanted(manager, tasks)
+    except (OSError, ValueError) as error:  # what a dataset cannot be had for is one of many subclasses
+        raise EvaluationError(
+            f"the data of {', '.join(tasks)} cannot be had ({type(error).__name__}: {_one_line(error)}). A task's data "
+            "come from the Hub, or out of its cache; --local takes questions and texts from a folder."
+        ) from error
+
+
+def _is_whole(index: Mapping[str, Any], name: str) -> bool:
+    """Whether an index has a task, or a group and all that is in it."""
+    if name not in index:
+        return False
+    members = (index[name].cfg or {}).get("task", [])
+    return isinstance(members, str) or all(isinstance(m, str) and _is_whole(index, m) for m in members)
+
+
+def _load_model(arguments: Mapping[str, Any], batch_size: int | str, device: str | None) -> Any:
+    import torch
+    from lm_eval.api.registry import get_model
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    # Importing this package has registered Finedeep: no code out of a model's folder need be trusted.
+    return get_model("hf").create_from_arg_obj(dict(arguments), {"batch_size": batch_size, "device": device})
+
+
+def _batch_for_memory(lm: Any) -> int:
+    """Sequences for which a CPU's memory is certain to do: running out of it ends a process without a word."""
+    import psutil
+
+    bytes_each = COPIES * 4 * lm.max_length * lm.model.config.vocab_size
+    fitting = psutil.virtual_memory().available // SHARE_OF_MEMORY // bytes_each
+    return max(1, min(MOST_ON_A_CPU, fitting))
+
+
+def _check_logits(lm: Any, model: str | Path) -> None:
+    """Raise `EvaluationError` where the model's logits are not numbers: it would be scored, as if by chance."""
+    import torch
+
+    ids = torch.arange(16, device=lm.device)[None] % lm.model.config.vocab_size
+    with torch.no_grad():
+        if lm.model(ids).logits.isnan().any():
+            raise EvaluationError(
+                f"{model} has NaN for logits in {lm.model.dtype}: its weights are damaged, or their range is too wide for "
+                "this dtype (--dtype float32 shows which)."
+            )
+
+
+@contextlib.contextmanager
+def _errors_of(model: str | Path, tasks: Sequence[str]) -> Iterator[None]:
+    """What the harness and transformers raise, as `EvaluationError` where the user can do something about it."""
+    try:
+        yield
+    except OSError as error:
+        raise EvaluationError(f"{model} on {', '.join(tasks)}: {_one_line(error)}") from error
+    except AssertionError as error:
+        if "continuation_enc" not in traceback.format_exc():
+            raise
+        raise EvaluationError(
+            f"an answer in {', '.join(tasks)} has more tokens than {model} can take at once. --max-length raises the "
+            "limit beyond the length that the model was trained for."
+        ) from error
+
+
+def _simple_evaluate(
+    lm_eval: Any, lm: Any, tasks: Sequence[Any], how: Mapping[str, Any], say: Callable[[str], None]
+) -> Results:
+    """The harness's own, again with half the batch wherever memory has run out."""
+    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+    while True:
+        try:
+            return lm_eval.simple_evaluate(model=lm, tasks=list(tasks), **how) or {}
+        except Exception as error:
+            if not should_reduce_batch_size(error):
+                raise
+            tried = lm.batch_size if lm.batch_size != "auto" else max(lm.batch_sizes.values(), default=lm.max_batch_size)
+            if tried == 1 or lm.world_size > 1:  # the other processes would wait for this one
+                raise EvaluationError(
+                    f"memory has run out with {tried} sequences of up to {lm.max_length} tokens in a batch. A smaller "
+                    "--batch-size or --max-length is wanted, or a --dtype of fewer bytes."
+                ) from error
+        lm.batch_size_per_gpu = tried // 2
+        clear_device_cache(garbage_collection=True)
+        say(f"memory has run out with {tried} sequences in a batch; going on with {tried // 2}")
+
+
+def _check_answers(results: Results, task: str, model: str | Path) -> None:
+    for sample in results["samples"][task]:
+        if any(map(math.isnan, _numbers(sample["resps"]))):
+            raise EvaluationError(
+                f"{model} gives NaN as the likelihood of an answer in {task} (document {sample['doc_id']}); a model whose "
+                "logits are finite is wanted. --dtype float32 may do."
+            )
+
+
+def _numbers(answers: Any) -> Iterator[float]:
+    if isinstance(answers, (list, tuple)):
+        for answer in answers:
+            yield from _numbers(answer)
+    elif isinstance(answers, float):
+        yield answers
+
+
+def _keep(path: Path, results: Results) -> None:
+    """A task's scores, without the samples, for whoever looks while others are at work."""
+    from lm_eval.utils import handle_non_serializable
+
+    kept = {key: value for key, value in results.items() if key != "samples"}
+    path.write_text(json.dumps(kept, indent=2, default=handle_non_serializable), encoding="utf-8")
+
+
+def _summary(results: Results) -> str:
+    scores = scores_of(results)
+    name = next(iter(scores)).task
+    return f"{name}: " + ", ".join(f"{place.metric} {score}" for place, score in scores.items())
+
+
+def _save(results: Results, output: Path, arguments: Mapping[str, Any]) -> None:
+    """As the harness's own command does."""
+    from lm_eval.loggers import EvaluationTracker
+
+    tracker = EvaluationTracker(output_path=str(output))
+    tracker.general_config_tracker.log_experiment_args(
+        model_source="hf",
+        model_args=f"pretrained={arguments['pretrained']}",
+        system_instruction=None,
+        chat_template=None,
+        fewshot_as_multiturn=None,
+    )
+    samples = results["samples"]
+    tracker.save_results_aggregated(results={k: v for k, v in results.items() if k != "samples"}, samples=samples)
+    for task, task_samples in samples.items():
+        tracker.save_results_samples(task_name=task, samples=task_samples)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]

@@ -1,10 +1,17 @@
 """lm-eval tasks from files on disk: a definition for each of the harness's four request types."""
 
+import json
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from .errors import EvaluationError
+
+PASSAGE = 1000  # characters, at least: a text is scored in pieces, so that there are samples to compare
+GROUP = "local_choice"  # the average over tasks of questions with choices
 # What a line of the JSONL file holds, and what the harness asks of a model with it.
 KINDS: dict[str, dict[str, Any]] = {
     # {"question", "choices", "answer": index}
@@ -72,3 +79,118 @@ def write_task(directory: Path, name: str, kind: str, data: Path) -> Path:
     path = directory / f"{name}.yaml"
     path.write_text(yaml.safe_dump(definition, sort_keys=False, allow_unicode=True), encoding="utf-8")
     return path
+
+
+# The fields by which a file's kind is known, the first that fits.
+FIELDS = {
+    "multiple_choice": ("question", "choices", "answer"),
+    "generation": ("question", "answer"),
+    "last_word": ("context", "word"),
+    "text": ("text",),
+}
+
+
+def write_local_tasks(source: Path, directory: Path) -> list[str]:
+    """Make a task `local_NAME` of each NAME.jsonl and NAME.txt in `source`, and a group of those with choices.
+
+    Data and definitions are written into `directory`, which is then what `--include_path` takes.
+
+    Returns:
+        Names for the harness: the group, if there is one, and the tasks outside it.
+
+    Raises:
+        EvaluationError: there is no such file, or a line or text is not as it should be. It names file and line.
+    """
+    files = sorted(path for path in source.glob("*") if path.suffix in (".jsonl", ".txt")) if source.is_dir() else []
+    if not files:
+        raise EvaluationError(
+            f"{source} holds no *.jsonl and no *.txt; a folder with questions, a JSON object on each line with "
+            "question, choices and answer, or with texts is wanted."
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    names: dict[str, list[str]] = {}
+    for path in files:
+        name = f"local_{re.sub(r'[^A-Za-z0-9_.-]', '_', path.stem)}"
+        if any(name in found for found in names.values()):
+            raise EvaluationError(f"{path} would be task {name}, as is another file in {source}; rename one of them.")
+        kind, lines = read_questions(path) if path.suffix == ".jsonl" else ("text", read_passages(path))
+        data = directory / f"{name}.jsonl"
+        data.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        write_task(directory, name, kind, data)
+        names.setdefault(kind, []).append(name)
+    choices = names.pop("multiple_choice", [])
+    others = [name for found in names.values() for name in found]
+    if len(choices) < 2:
+        return [*choices, *others]
+    group = {
+        "group": GROUP,
+        "task": choices,
+        "aggregate_metric_list": [{"metric": metric, "weight_by_size": False} for metric in ("acc", "acc_norm")],
+        "metadata": {"version": 1.0},
+    }
+    (directory / f"{GROUP}.yaml").write_text(yaml.safe_dump(group, sort_keys=False), encoding="utf-8")
+    return [GROUP, *others]
+
+
+def read_questions(path: Path) -> tuple[str, list[dict[str, Any]]]:
+    """The kind of a JSONL file, and its lines. Raises `EvaluationError`, which names the line."""
+    lines = []
+    kind = None
+    for number, line in enumerate(_read(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
+        except ValueError as error:
+            raise EvaluationError(f"{path}, line {number}, is no JSON ({error}): {line.strip()[:80]}") from error
+        fields = tuple(found) if isinstance(found, dict) else ()
+        kind = kind or next((kind for kind, wanted in FIELDS.items() if set(wanted) <= set(fields)), None)
+        if kind is None or not set(FIELDS[kind]) <= set(fields):
+            wanted = " or ".join(" + ".join(names) for names in ([FIELDS[kind]] if kind else FIELDS.values()))
+            raise EvaluationError(
+                f"{path}, line {number}, has the fields {', '.join(fields) or 'of no object'}; {wanted} are wanted."
+            )
+        if fault := _fault(kind, found):
+            raise EvaluationError(f"{path}, line {number}: {fault}.")
+        lines.append({name: found[name] for name in FIELDS[kind]})
+    if not lines:
+        raise EvaluationError(f"{path} is empty; questions are wanted, a JSON object on each line.")
+    return kind, lines
+
+
+def _fault(kind: str, line: Mapping[str, Any]) -> str | None:
+    """What is wrong with the values of a line."""
+    for name in FIELDS[kind]:
+        value = line[name]
+        if (kind, name) == ("multiple_choice", "choices"):
+            if not isinstance(value, list) or len(value) < 2 or not all(isinstance(c, str) and c for c in value):
+                return f"choices is {value!r}; two texts at least are wanted"
+        elif (kind, name) == ("multiple_choice", "answer"):
+            if type(value) is not int or not 0 <= value < len(line["choices"]):
+                last = len(line["choices"]) - 1
+                return f"answer is {value!r}; the place of the right choice is wanted, a whole number from 0 to {last}"
+        elif not isinstance(value, str) or not value.strip():
+            return f"{name} is {value!r}; a text is wanted"
+    return None
+
+
+def read_passages(path: Path) -> Iterator[dict[str, str]]:
+    """A text in passages of 1,000 characters or a little more, cut at line ends. Raises `EvaluationError`."""
+    text = _read(path)
+    if not text.strip():
+        raise EvaluationError(f"{path} is empty; a text is wanted.")
+    passage = ""
+    for line in text.splitlines(keepends=True):
+        passage += line
+        if len(passage) >= PASSAGE:
+            yield {"text": passage}
+            passage = ""
+    if passage.strip():
+        yield {"text": passage}
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"{path} cannot be read ({error}); a file of UTF-8 text is wanted.") from error

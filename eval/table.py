@@ -1,39 +1,36 @@
-"""Scores of several models as one table, a row for each task and metric."""
+"""Scores of several models as one Markdown table, a row for each task and metric."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-
-def score_rows(results: Mapping[str, Any]) -> dict[tuple[str, str], tuple[float, float | None, bool]]:
-    """The harness's results as {(task, metric): (score, standard error or None, higher is better)}."""
-    rows = {}
-    for task, scores in results["results"].items():
-        for key, score in scores.items():
-            metric, _, filtered = key.partition(",")
-            if not filtered or metric.endswith("_stderr") or not isinstance(score, (int, float)):
-                continue
-            error = scores.get(f"{metric}_stderr,{filtered}")
-            higher = results.get("higher_is_better", {}).get(task, {}).get(metric, True)
-            rows[task, metric] = (score, error if isinstance(error, (int, float)) else None, bool(higher))
-    return rows
+from .scores import scores_of
 
 
 def side_by_side(models: Mapping[str, Mapping[str, Any]]) -> str:
     """One Markdown table. `models` maps a column's heading to the harness's results, all of the same tasks."""
-    columns = {heading: score_rows(results) for heading, results in models.items()}
-    keys = list(next(iter(columns.values())))
-    table = [["Task", "Metric", "Better", *columns]]
-    for task, metric in keys:
-        cells = []
-        for rows in columns.values():
-            score, error, higher = rows[task, metric]
-            cells.append(f"{score:.4f}" + (f" ± {error:.4f}" if error is not None else ""))
-        table.append([task, metric, "higher" if higher else "lower", *cells])
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    columns = {heading: scores_of(results) for heading, results in models.items()}
+    rows = [
+        [place.task, place.metric, direction(score.higher_is_better), *(str(found[place]) for found in columns.values())]
+        for place, score in next(iter(columns.values())).items()
+    ]
+    return aligned_markdown(["Task", "Metric", "Better", *columns], rows, 3)
 
-    def line(row: list[str]) -> str:
-        cells = [cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+
+def direction(higher_is_better: bool) -> str:
+    """Which scores of a metric are the better ones."""
+    return "higher" if higher_is_better else "lower"
+
+
+def aligned_markdown(head: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> str:
+    """A table whose source is aligned as well; the first `words` columns to the left, the rest, numbers, to the right."""
+    table = [list(head), *map(list, rows)]
+    widths = [max(3, *(len(row[i]) for row in table)) for i in range(len(head))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [
+            cell.ljust(w) if i < words else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
         return "| " + " | ".join(cells) + " |"
 
-    rule = ["-" * w if i < 3 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    rule = ["-" * w if i < words else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
     return "\n".join([line(table[0]), line(rule), *map(line, table[1:])])

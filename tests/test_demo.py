@@ -3,7 +3,7 @@ import random
 
 from finedeep.demo import run_demo
 from finedeep.demo.world import RELATIONS, World
-from finedeep.eval.table import score_rows
+from finedeep.eval.scores import scores_of
 
 
 def test_a_world_is_its_seed():
@@ -29,7 +29,7 @@ def test_a_short_demo_goes_the_whole_way(tmp_path, capsys):
     found = {}
     for path in (tmp_path / "demo/results").rglob("results_*.json"):
         results = json.loads(path.read_text())
-        found[results["model_name"].rsplit("/", 1)[-1]] = score_rows(results)
+        found[results["model_name"].rsplit("/", 1)[-1]] = scores_of(results)
     assert set(found) == {"dense", "finedeep-M1-K8", "finedeep-M2-K4"}
     assert len(found["dense"]) == 7
     for key, (score, _, _) in found["dense"].items():

@@ -11,7 +11,7 @@ import pytest
 from finedeep.demo.questions import write_tasks
 from finedeep.demo.world import World
 from finedeep.eval import EvaluationError, evaluate, side_by_side
-from finedeep.eval.table import score_rows
+from finedeep.eval.scores import scores_of
 from finedeep_cli import main
 
 
@@ -24,11 +24,11 @@ def tasks(tmp_path_factory):
 @pytest.fixture(scope="module")
 def scores(dense, converted, tasks):
     folder, names = tasks
-    return {model: score_rows(evaluate(model, names, include_path=folder)) for model in (dense, converted)}
+    return {model: scores_of(evaluate(model, names, include_path=folder)) for model in (dense, converted)}
 
 
 def test_the_exact_conversion_has_the_dense_scores(scores, dense, converted):
-    assert {kind for kind, _ in scores[dense]} == {"demo_choice", "demo_last_word", "demo_text", "demo_answer"}
+    assert {place.task for place in scores[dense]} == {"demo_choice", "demo_last_word", "demo_text", "demo_answer"}
     for key, (score, error, higher) in scores[dense].items():
         found = scores[converted][key]
         assert found[0] == pytest.approx(score, rel=1e-4)
@@ -56,7 +56,7 @@ def test_perplexity_is_that_of_the_logits(scores, dense, tasks):
             picked = logits.log_softmax(-1)[-window:].gather(1, torch.tensor(ids[start : start + window])[:, None])
             bits -= picked.sum().item() / torch.log(torch.tensor(2.0)).item()
             start += window
-    assert scores[dense]["demo_text", "bits_per_byte"][0] == pytest.approx(bits / size, rel=1e-4)
+    assert scores[dense]["demo_text", "bits_per_byte", "none"].value == pytest.approx(bits / size, rel=1e-4)
 
 
 def test_the_plain_harness_command_reports_the_same(tmp_path, converted, tasks, scores):
@@ -76,7 +76,7 @@ def test_the_plain_harness_command_reports_the_same(tmp_path, converted, tasks, 
     )
     assert done.returncode == 0, done.stderr[-2000:]
     (results,) = tmp_path.rglob("results_*.json")
-    reported = score_rows(json.loads(results.read_text()))
+    reported = scores_of(json.loads(results.read_text()))
     for key, (score, _, _) in scores[converted].items():
         assert reported[key][0] == pytest.approx(score, rel=1e-4)
 

@@ -5,7 +5,7 @@ import torch
 from finedeep.convert import convert_checkpoint
 from finedeep.eval import EvaluationError, evaluate
 from finedeep.eval.local_tasks import write_task
-from finedeep.eval.table import score_rows
+from finedeep.eval.scores import scores_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 
@@ -64,7 +64,7 @@ def test_benchmark_questions_score_the_same(tmp_path, data, stories260k, exact):
     for name in names:
         write_task(tmp_path, f"local_{name}", "multiple_choice", data / f"benchmarks/{name}.jsonl")
     dense, finedeep = (
-        score_rows(evaluate(folder, [f"local_{n}" for n in names], include_path=tmp_path, limit=100, batch_size=32))
+        scores_of(evaluate(folder, [f"local_{n}" for n in names], include_path=tmp_path, limit=100, batch_size=32))
         for folder in (stories260k, exact)
     )
     assert len(dense) == 4
@@ -84,7 +84,7 @@ def test_all_benchmark_questions_score_the_same(tmp_path, data, stories260k, exa
         write_task(tmp_path, f"local_{name}", "multiple_choice", data / f"benchmarks/{name}.jsonl")
     names = ["local_arc_easy", "local_piqa", "local_openbookqa"]
     dense, finedeep = (
-        score_rows(evaluate(folder, names, include_path=tmp_path, batch_size=64, max_length=1024))
+        scores_of(evaluate(folder, names, include_path=tmp_path, batch_size=64, max_length=1024))
         for folder in (stories260k, exact)
     )
     assert dense == finedeep
