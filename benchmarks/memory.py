@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,22 +49,42 @@ def run_case(case: Case, device: str) -> dict[str, int]:
 
 def peak_of(contender: str, case: Case, device: str) -> int:
     """Bytes at the most, measured in a new process."""
-    command = [sys.executable, "-m", __spec__.name, contender, json.dumps(case.fields()), device]
+    return int(printed_by(__spec__.name, contender, json.dumps(case.fields()), device))
+
+
+def printed_by(module: str, *arguments: str) -> str:
+    """What a module prints last, run in a new process whose glibc hands back what is freed.
+
+    Raises:
+        RuntimeError: it failed; the last line that it wrote on stderr.
+    """
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    return int(done.stdout)
+    done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"{module} ended with {done.returncode}"])[-1])
+    return done.stdout.splitlines()[-1]
 
 
 def measure(contender: str, case: Case, device: str) -> int:
     """Bytes at the most, in this process."""
-    if device == "cpu":
+
+    def do() -> None:
+        work = WORKS[case.work](case, build(contender, SHAPES[case.shape], case.M, case.K, case.dtype, device), device)
+        for _ in range(STEPS):
+            work.do(work.prepare())
+
+    return peak_during(do, device)
+
+
+def peak_during(do: Callable[[], object], device: str) -> int:
+    """Bytes at the most while something is done in this process, over what there was before."""
+    on_cpu = device == "cpu"
+    if on_cpu:
         before = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew (proc(5))
-    work = WORKS[case.work](case, build(contender, SHAPES[case.shape], case.M, case.K, case.dtype, device), device)
-    for _ in range(STEPS):
-        work.do(work.prepare())
+    do()
     wait_for(device)
-    return resident("VmHWM") - before if device == "cpu" else torch.cuda.max_memory_allocated()
+    return resident("VmHWM") - before if on_cpu else torch.cuda.max_memory_allocated()
 
 
 def resident(which: str) -> int:

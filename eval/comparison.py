@@ -13,6 +13,7 @@ from .scores import Place, Results, Score, scores_of
 from .table import aligned_markdown, direction
 
 SIGNIFICANT = 0.05
+BETTER, WORSE, SAME = "better", "worse", "not distinguishable at this size"
 # metric -> its aggregate in `paired.AGGREGATES`; others are means
 AGGREGATE_OF = {
     "perplexity": "perplexity",
@@ -170,20 +171,24 @@ def _verdict(row: Row, p: float | None) -> str:
     if d is None:
         return "not compared"
     if p >= SIGNIFICANT or d.difference == 0:
-        return "not distinguishable at this size"
-    return "better" if (d.difference > 0) == row.model.higher_is_better else "worse"
+        return SAME
+    return BETTER if (d.difference > 0) == row.model.higher_is_better else WORSE
 
 
 def sentence_of(row: Row) -> str:
     """A verdict with its figures, in one line."""
+    return f"{row.place.task}: {row.verdict} ({figures_of(row)})"
+
+
+def figures_of(row: Row) -> str:
+    """What a verdict is from, in words."""
     d = row.difference
-    name = f"{row.place.task}: {row.verdict}"
     if d is None:
-        return f"{name} ({row.place.metric} is no average over samples)"
+        return f"{row.place.metric} is no average over samples"
     bounds = f", {LEVEL:.0%} interval {interval_of(d)}" if d.low is not None else ""
     return (
-        f"{name} ({row.place.metric} {row.baseline.value:.4f} -> {row.model.value:.4f}, difference "
-        f"{d.difference:+.4f}{bounds}; {d.test} p = {row.p_holm:.2g} after Holm; {d.samples:,} samples)"
+        f"{row.place.metric} {row.baseline.value:.4f} -> {row.model.value:.4f}, difference {d.difference:+.4f}{bounds}; "
+        f"{d.test} p = {row.p_holm:.2g} after Holm; {d.samples:,} samples"
     )
 
 
