@@ -1,6 +1,10 @@
 """Types of command-line arguments: what argparse should refuse, and how."""
 
 import argparse
+import json
+from typing import Any
+
+PYTHONS = {"True": True, "False": False, "None": None}  # as users of Python will write them
 
 
 def positive_int(text: str) -> int:
@@ -29,3 +33,21 @@ def names(text: str) -> list[str]:
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} holds no name")
     return found
+
+
+def field(text: str) -> tuple[str, Any]:
+    """NAME=VALUE, the value as JSON or as text."""
+    name, equals, value = text.partition("=")
+    if not name.isidentifier() or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    if value in PYTHONS:
+        return name, PYTHONS[value]
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def batch(text: str) -> int | str:
+    """A whole number of at least 1, or "auto"."""
+    return text if text == "auto" else positive_int(text)

@@ -1,57 +1,81 @@
-"""Score a model with lm-evaluation-harness, a dense baseline beside it.
+"""Score a model with lm-evaluation-harness, and compare it with its dense baseline sample by sample.
 
 The scores are those of the plain command
   lm_eval run --model hf --model_args pretrained=MODEL,trust_remote_code=True --tasks ...
 
+With --baseline each task has a verdict: better, worse, or not distinguishable at this size, from the same samples
+(paired bootstrap, McNemar's exact or a permutation test, Holm's correction over tasks). With --output there are the
+harness's own results and samples, comparison.json, comparison.md, figures and a page, report.html, with speed and
+memory of both models.
+
+A stopped run with --output goes on with --resume: no question is asked twice. For several GPUs:
+  accelerate launch -m finedeep_cli eval ...
+
 examples:
-  finedeep eval ./llama-finedeep --tasks arc_easy,piqa --baseline ./llama
-  finedeep eval ./llama-finedeep --tasks my_task --include-path ./my_tasks --output ./results
+  finedeep eval ./llama-finedeep --baseline ./llama --tasks finedeep_suite --text text.txt --output ./results
+  finedeep eval ./llama-finedeep --baseline ./llama --tasks arc_easy,piqa
+  finedeep eval ./llama-finedeep --baseline ./llama --local ./questions            *.jsonl and *.txt, no network
+  finedeep eval ./llama-finedeep --tasks my_task --include-path ./my_tasks
+  finedeep eval ./llama-finedeep --tasks hellaswag --set parallelize=true          one model over all GPUs
+
+In --local each line of a *.jsonl file is an object with question, choices and answer (the right one's place, from 0);
+or question and answer (a text to be generated); or context and word; or text. A *.txt file is scored in passages of
+1,000 characters.
 """
 
 import argparse
+import os
+import sys
 
-from .argument_types import names, positive_int
+from .argument_types import batch, field, names, non_negative_int, positive_int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `finedeep eval`."""
-    parser.add_argument("model", metavar="MODEL", help="a folder or a Hub id, Finedeep or dense")
-    parser.add_argument("--tasks", type=names, required=True, metavar="A,B", help="the harness's task or group names")
-    parser.add_argument("--baseline", metavar="DENSE", help="a second model, scored on the same samples")
-    parser.add_argument("--output", metavar="DIR", help="where to write the harness's results JSON and samples")
-    parser.add_argument("--include-path", metavar="DIR", help="a folder with task definitions of your own")
-    parser.add_argument(
-        "--num-fewshot", type=int, metavar="N", help="examples before each question (default: the task's)"
+    option = parser.add_argument
+    option("model", metavar="MODEL", help="a folder or a Hub id, Finedeep or dense")
+    option("--tasks", type=names, default=[], metavar="A,B", help="the harness's tasks or groups, or finedeep_suite")
+    option("--local", metavar="DIR", help="a folder of questions (*.jsonl) and texts (*.txt), which are tasks too")
+    option("--baseline", metavar="DENSE", help="the dense model, to be compared with on the same samples")
+    option("--text", metavar="FILE", help="with --baseline: a text on which to compare sparsity and gates")
+    option("--output", metavar="DIR", help="where to write results, samples, the comparison and its page")
+    option("--resume", action="store_true", help="go on with what a stopped run has left in --output")
+    option("--include-path", metavar="DIR", help="a folder with task definitions of your own")
+    option("--num-fewshot", type=non_negative_int, metavar="N", help="examples before a question (default: the task's)")
+    option("--limit", type=positive_int, metavar="N", help="score only the first N samples of each task")
+    option("--batch-size", type=batch, default="auto", metavar="N", help="sequences (default: auto, what memory takes)")
+    option("--device", help="such as cpu or cuda:0 (default: a GPU where there is one)")
+    option("--dtype", default="auto", help="such as float32 or bfloat16 (default: the checkpoint's own)")
+    option("--max-length", type=positive_int, metavar="N", help="tokens (default: the model's own limit)")
+    option(
+        "--set",
+        dest="model_args",
+        type=field,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an argument of the harness's hf model, the value as JSON or as text; may be given again",
     )
-    parser.add_argument("--limit", type=positive_int, metavar="N", help="score only the first N samples of each task")
-    parser.add_argument("--batch-size", default="8", metavar="N", help='a number or "auto" (default: 8)')
-    parser.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU where there is one)")
-    parser.add_argument("--dtype", default="auto", help="such as float32 or bfloat16 (default: the checkpoint's own)")
-    parser.add_argument("--max-length", type=positive_int, metavar="N", help="tokens (default: the model's own limit)")
-    parser.add_argument("--seed", type=int, default=1234, help="for few-shot examples and bootstrap (default: 1234)")
+    option("--seed", type=int, default=1234, help="for few-shot examples, bootstrap and permutations (default: 1234)")
+    option("--quiet", action="store_true", help="no progress, only the result")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Score the models one after the other and print one table."""
-    from finedeep.eval import evaluate, side_by_side
+    """Score, compare and print."""
+    given = {key: value for key, value in vars(arguments).items() if key != "run"}
+    quiet, model, baseline = given.pop("quiet"), given.pop("model"), given.pop("baseline")
+    given["model_args"] = dict(given["model_args"])
+    if quiet:
+        os.environ["TQDM_DISABLE"] = "1"  # before the libraries are imported that draw bars
+    else:
+        given["say"] = lambda line: print(line, file=sys.stderr, flush=True)
+    from finedeep.eval.study import score, study
 
-    models = {"dense": arguments.baseline} if arguments.baseline else {}
-    models["finedeep" if arguments.baseline else "score"] = arguments.model
-    results = {}
-    for heading, model in models.items():
-        results[heading] = evaluate(
-            model,
-            arguments.tasks,
-            include_path=arguments.include_path,
-            num_fewshot=arguments.num_fewshot,
-            limit=arguments.limit,
-            batch_size=arguments.batch_size,
-            device=arguments.device,
-            dtype=arguments.dtype,
-            max_length=arguments.max_length,
-            output=arguments.output,
-            seed=arguments.seed,
-        )
-    print(side_by_side(results))
+    done = (
+        study(model, baseline, progress=not quiet, **given) if baseline else score(model, progress=not quiet, **given)
+    )
+    if done is None:
+        return
+    print(done.markdown)
     if arguments.output:
-        print(f"\nresults and samples: {arguments.output}")
+        print(f"\nresults, samples{' and report.html' if baseline else ''}: {arguments.output}")

@@ -15,12 +15,8 @@ examples:
 """
 
 import argparse
-import json
-from typing import Any
 
-from .argument_types import positive_int
-
-PYTHONS = {"True": True, "False": False, "None": None}  # as users of Python will write them
+from .argument_types import field, positive_int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(
         "--set",
         dest="training",
-        type=_field,
+        type=field,
         action="append",
         default=[],
         metavar="NAME=VALUE",
@@ -65,19 +61,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     option("--resume", action="store_true", help="go on from the last checkpoint of a run that was stopped")
     option("--quiet", action="store_true", help="no progress bar, no summary")
-
-
-def _field(text: str) -> tuple[str, Any]:
-    """NAME=VALUE."""
-    name, equals, value = text.partition("=")
-    if not name.isidentifier() or not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
-    if value in PYTHONS:
-        return name, PYTHONS[value]
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from .errors import ConversionError
 from .source import read_json
 
 PAPER = "2502.12928"
+COMPARISON = "comparison.json"
 TEMPLATE = """---
 {{ card_data }}
 ---
@@ -37,6 +38,11 @@ tokenizer = AutoTokenizer.from_pretrained("{{ repo_id }}", revision="{{ revision
 | --- | ---: | ---: |
 | parameters | {{ parameters.dense }} | {{ parameters.finedeep }} |
 {% endif %}
+{% if comparison %}
+## Beside the dense model
+
+{{ comparison }}
+{% endif %}
 {% if receipt_file %}How it was made is in [`{{ receipt_file }}`]({{ receipt_file }}).{% endif %}
 """
 LICENCE_FIELDS = ("license", "license_name", "license_link")
@@ -54,9 +60,16 @@ def licence_of(folder: Path) -> dict[str, str]:
 def read_scores(path: Path) -> list[EvalResult]:
     """The scores in lm-eval's results JSON, or in the newest such file below a folder.
 
+    Of a folder of `finedeep eval --baseline`, it is the Finedeep model's scores, and those of its `comparison.json`.
+
     Raises:
         ConversionError: there is no such file, or it has no results.
     """
+    if (path / COMPARISON).is_file():
+        return [
+            _score(row["task"], row["metric"], row["model"]["value"])
+            for row in read_json(path / COMPARISON, "a comparison")["tasks"]
+        ]
     if path.is_dir():
         found = sorted(path.rglob("results_*.json"), key=lambda file: (file.stat().st_mtime_ns, file.name))
         if not found:
@@ -66,17 +79,27 @@ def read_scores(path: Path) -> list[EvalResult]:
     if not isinstance(results, dict):
         raise ConversionError(f"{path} has no results; a file that lm-eval has written is wanted.")
     return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=task,
-            dataset_name=scores.get("alias", task).strip(" -"),
-            metric_type=key.partition(",")[0],
-            metric_value=value,
-        )
+        _score(task, key.partition(",")[0], value, scores.get("alias", task).strip(" -"))
         for task, scores in results.items()
         for key, value in scores.items()
         if "," in key and "_stderr" not in key and isinstance(value, (int, float))
     ]
+
+
+def _score(task: str, metric: str, value: float, name: str | None = None) -> EvalResult:
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=task,
+        dataset_name=name or task,
+        metric_type=metric,
+        metric_value=value,
+    )
+
+
+def read_comparison(path: Path) -> str | None:
+    """What `finedeep eval --baseline` has found, as Markdown, if there is such in a folder."""
+    found = path / "comparison.md"
+    return found.read_text(encoding="utf-8").strip() if found.is_file() else None
 
 
 def _exactness(receipt: Mapping[str, Any]) -> str:
@@ -96,9 +119,14 @@ def _exactness(receipt: Mapping[str, Any]) -> str:
 
 
 def make_card(
-    repo_id: str, revision: str, config: Mapping[str, Any], receipt: Mapping[str, Any] | None, scores: list[EvalResult]
+    repo_id: str,
+    revision: str,
+    config: Mapping[str, Any],
+    receipt: Mapping[str, Any] | None,
+    scores: list[EvalResult],
+    comparison: str | None = None,
 ) -> ModelCard:
-    """The card of the model at `revision` of `repo_id`; `config` is its config.json."""
+    """The card of the model at `revision` of `repo_id`; `config` is its config.json, `comparison` is Markdown."""
     source = (receipt or {}).get("source", {})
     origin = source.get("id", "")
     is_hub_id = origin.count("/") == 1 and source.get("revision")
@@ -126,5 +154,6 @@ def make_card(
         repo_id=repo_id,
         revision=revision,
         parameters={k: f"{v:,}" for k, v in receipt["parameters"].items()} if receipt else None,
+        comparison=comparison,
         receipt_file="finedeep_conversion.json" if receipt else None,
     )

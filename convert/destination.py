@@ -122,7 +122,7 @@ def _begin(folder: Path, destination: Path, plan: Mapping[str, Any], resume: boo
         if not kept:
             file.unlink()
     if before != plan or not resume:
-        _write_whole(path, json.dumps(plan))
+        write_whole(path, json.dumps(plan))
 
 
 def differing(plan: Mapping[str, Any], before: Mapping[str, Any]) -> str:
@@ -140,7 +140,8 @@ def _finish(folder: Path, destination: Path) -> None:
     folder.rename(destination)
 
 
-def _write_whole(path: Path, text: str) -> None:
-    scratch = path.with_name(f"{path.name}.new")
+def write_whole(path: Path, text: str) -> Path:
+    """Write a file beside its place, then move it there. Returns the path."""
+    scratch = path.with_name(f".{path.name}.new")
     scratch.write_text(text, encoding="utf-8")
-    scratch.rename(path)
+    return scratch.replace(path)

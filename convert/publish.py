@@ -11,7 +11,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import disable_progress_bars
 
-from .card import make_card, read_scores
+from .card import make_card, read_comparison, read_scores
 from .destination import LOCK, PLAN
 from .errors import ConversionError
 from .receipt import RECEIPT, read_receipt
@@ -79,7 +79,8 @@ def push_folder(
         private: whether a new repository is private.
         revision: a branch to push to, made where it does not exist; by default main.
         create_pr: whether to open a pull request instead.
-        results: lm-eval's results JSON, or a folder with such, for the card's evaluation results. A README.md in the
+        results: lm-eval's results JSON, or a folder with such, for the card's evaluation results; of a folder of
+            `finedeep eval --baseline` the comparison too. A README.md in the
             folder is the card as it is.
         say: whether to tell on stderr what is being done.
 
@@ -91,6 +92,7 @@ def push_folder(
     config = _check(folder)
     receipt = read_receipt(folder) if (folder / RECEIPT).is_file() else None
     scores = read_scores(Path(results)) if results else []
+    comparison = read_comparison(Path(results)) if results else None
     tell = (lambda text: print(text, file=sys.stderr, flush=True)) if say else (lambda text: None)
     tell(f"Loading {folder} as anybody would ...")
     here = _fingerprint(str(folder.resolve()), None, {})
@@ -111,7 +113,7 @@ def push_folder(
             create_pr=create_pr,
         )
         own_card = folder / "README.md"
-        made = make_card(repo_id, pushed.oid, config, receipt, scores)
+        made = make_card(repo_id, pushed.oid, config, receipt, scores, comparison)
         card = own_card.read_text(encoding="utf-8") if own_card.is_file() else str(made)
         api.create_commit(
             repo_id,

@@ -1,6 +1,6 @@
 """What a model's FFNs do on a text, summed up as it goes by, in memory that does not grow with it.
 
-A "place" is an FFN's activation function: one for each layer of a dense model, one for each sub-layer of a Finedeep model.
+A "place" is an FFN: one for each layer of a dense model, one for each sub-layer of a Finedeep model.
 """
 
 import math
@@ -16,7 +16,11 @@ from ..modeling_finedeep import FinedeepSublayer, expert_outputs
 from .errors import EvaluationError
 
 THRESHOLDS = (0.01, 0.03, 0.1, 0.3, 1.0)
-BINS, LOWEST, HIGHEST = 250, -0.5, 2.0  # of the histogram: SiLU has no value below -0.28; the rest is counted at the ends
+BINS, LOWEST, HIGHEST = (
+    250,
+    -0.5,
+    2.0,
+)  # of the histogram: SiLU has no value below -0.28; the rest is counted at the ends
 NEAR = 0.05  # of 0 or 1: a sigmoid there hardly moves any more
 NEVER = 0.01  # an expert whose share stays below that for every token never matters
 WIDEST = 2048  # of an output whose second moments are held; wider ones are projected down to it
@@ -27,8 +31,8 @@ TOKENS_AT_ONCE = 256  # whose expert outputs are held
 class Place:
     """One FFN or sub-layer. K is 0 for a dense FFN, which has no gates.
 
-    Sums over tokens, in float64: `above` (thresholds,), `histogram` (bins,) of act(gate); `moments` (d, d) of the output;
-    and by expert, (K,), of the gates g, their squares, whether g / c is near 0 or 1, and of the shares
+    `sums` over tokens, in float64: `above` (thresholds,) and `histogram` (bins,) of act(gate); `moments` (d, d) of the
+    output; by expert, (K,), `gates` g, whether g / c is `near_0` or `near_1`, and `shares`
     ||g_k E_k|| / sum_j ||g_j E_j||, of which `largest` is the maximum; `products` (K, K) of the gates; `entropy` of
     g / sum(g), over log K.
     """
@@ -155,7 +159,7 @@ def places_of(model: PreTrainedModel) -> list[tuple[Place, nn.Module]]:
             found.append((Place(i, m, K, c, model.device), ffn))
     if not found:
         raise EvaluationError(
-            f"{type(model).__name__} has no layers with gated FFNs that are known here; a Finedeep model is wanted, or a "
+            f"{type(model).__name__} has no gated FFNs that are known here; a Finedeep model is wanted, or a "
             "dense one of a family that `finedeep convert` takes."
         )
     return found

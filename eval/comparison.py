@@ -88,8 +88,8 @@ def _pairs(task: str, baseline: Sequence[dict], model: Sequence[dict]) -> dict[s
     before, after = ({(s["filter"], s["doc_id"]): s for s in samples} for samples in (baseline, model))
     if before.keys() != after.keys() or any(before[at]["doc_hash"] != after[at]["doc_hash"] for at in before):
         raise EvaluationError(
-            f"{task}: the two models were scored on different samples ({len(before)} and {len(after)} of them, or other "
-            "texts); samples that are the same are wanted. Score both in one run."
+            f"{task}: the two models were scored on different samples ({len(before)} and {len(after)}, or other "
+            "texts); the same ones are wanted. Score both in one run."
         )
     pairs: dict[str, list] = {}
     for filtered, doc in sorted(after):
@@ -187,8 +187,8 @@ def figures_of(row: Row) -> str:
         return f"{row.place.metric} is no average over samples"
     bounds = f", {LEVEL:.0%} interval {interval_of(d)}" if d.low is not None else ""
     return (
-        f"{row.place.metric} {row.baseline.value:.4f} -> {row.model.value:.4f}, difference {d.difference:+.4f}{bounds}; "
-        f"{d.test} p = {row.p_holm:.2g} after Holm; {d.samples:,} samples"
+        f"{row.place.metric} {row.baseline.value:.4f} -> {row.model.value:.4f}, difference {d.difference:+.4f}{bounds}"
+        f"; {d.test} p = {row.p_holm:.2g} after Holm; {d.samples:,} samples"
     )
 
 

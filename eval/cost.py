@@ -30,8 +30,8 @@ def costs_of(models: Mapping[str, str | Path], device: str | None, dtype: str) -
     """Measure the models in turn, so that what disturbs one disturbs the other.
 
     Returns:
-        `prompt` and `threads`; and for each model in `models`: `parameters`; `flops_per_token`, those of matrix products
-        over a prompt (torch's own count), by token; `prefill` and `decode`, tokens per second in a batch of one, as
+        `prompt` and `threads`; and for each model in `models`: `parameters`; `flops_per_token`, of the matrix
+        products over a prompt (torch's own count); `prefill` and `decode`, tokens per second in a batch of one, as
         (lower quartile, median, upper quartile) over rounds; `peak_memory` in bytes: of loading, prompt and decoding.
 
     Raises:
@@ -95,7 +95,7 @@ def flops(model: PreTrainedModel, ids: torch.Tensor) -> int:
 
 
 def peak_memory(model: str | Path, device: str, dtype: str) -> int:
-    """Bytes at the most, in a process of its own: on a GPU what torch has allocated, on a CPU the resident set's rise."""
+    """Bytes at the most in a process of its own: on a GPU what torch allocates, on a CPU the resident set's rise."""
     try:
         return int(printed_by(__spec__.name, str(model), device, dtype))
     except RuntimeError as error:

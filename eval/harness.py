@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import io
 import json
 import logging
 import math
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..convert.loading_bars import without_loading_bars
 from .errors import EvaluationError
 from .scores import Results, scores_of
 
@@ -56,8 +58,8 @@ def evaluate(
     """Score one model with lm-evaluation-harness, one task after the other.
 
     The calls are the harness's own `simple_evaluate` with its `hf` model, so that the scores are the ones that
-    `lm_eval run --model hf --model_args pretrained=MODEL,trust_remote_code=True` reports, groups' averages included. Under
-    `accelerate launch` each process calls this, and the harness shares out the samples over the GPUs.
+    `lm_eval run --model hf --model_args pretrained=MODEL,trust_remote_code=True` reports, groups' averages included.
+    Under `accelerate launch` each process calls this, and the harness shares out the samples over the GPUs.
 
     Args:
         model: a local folder or a Hub id, dense or Finedeep. No code out of it is run.
@@ -81,7 +83,7 @@ def evaluate(
         The harness's results, with the samples. In the processes of `accelerate launch` but the first: {}.
 
     Raises:
-        EvaluationError: lm-eval is missing, a task is unknown or cannot be had, the model cannot be loaded or is broken.
+        EvaluationError: lm-eval is missing, a task is unknown or cannot be had, the model does not load or is broken.
     """
     lm_eval = require_harness()
     say = say or (lambda line: None)
@@ -92,7 +94,7 @@ def evaluate(
         "max_length": max_length,
         **(model_args or {}),
     }
-    with _errors_of(model, tasks):
+    with _errors_of(model, tasks), without_loading_bars():
         lm = _load_model(arguments, batch_size, device)
         if batch_size == "auto" and lm.device.type == "cpu":
             lm.batch_size_per_gpu = _batch_for_memory(lm)
@@ -111,6 +113,7 @@ def evaluate(
         folder = Path(work or stack.enter_context(tempfile.TemporaryDirectory(prefix="finedeep-eval-")))
         how["use_cache"] = str(folder / "answers")
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # where the harness shows its progress
+        stack.enter_context(_without_git())
         results: Results = {}
         at_once = len(wanted.whole) == 1 and wanted.whole[0] in wanted.leaves.values()
         rough = {} if at_once else {"bootstrap_iters": ROUGH_BOOTSTRAP}
@@ -123,6 +126,7 @@ def evaluate(
                 say(f"[{i}/{len(wanted.leaves)}] {_summary(results)}")
         if not at_once:
             # Everything once more, from the answers that were kept: groups' averages as the harness makes them.
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))  # bars that are full at once
             results = _simple_evaluate(lm_eval, lm, wanted.whole, how, say)
     if not results:
         return {}
@@ -145,7 +149,7 @@ class _Wanted:
 
 
 def _load_tasks(tasks: Sequence[str], include_path: str | Path | Sequence[str | Path] | None) -> _Wanted:
-    """The tasks by the harness's index. Reading its thousands of own definitions takes seconds, so only where wanted."""
+    """The tasks by the harness's index. Reading its own definitions, thousands, takes seconds: only where wanted."""
     from lm_eval.tasks import TaskManager
 
     paths = [include_path] if isinstance(include_path, (str, Path)) else list(include_path or [])
@@ -202,9 +206,22 @@ def _check_logits(lm: Any, model: str | Path) -> None:
     with torch.no_grad():
         if lm.model(ids).logits.isnan().any():
             raise EvaluationError(
-                f"{model} has NaN for logits in {lm.model.dtype}: its weights are damaged, or their range is too wide for "
+                f"{model} has NaN for logits in {lm.model.dtype}: its weights are damaged, or too large for "
                 "this dtype (--dtype float32 shows which)."
             )
+
+
+@contextlib.contextmanager
+def _without_git() -> Iterator[None]:
+    """Keep the harness from asking git, which complains on stderr, for the commit of wherever the user happens to be."""
+    from lm_eval import evaluator
+
+    usual = evaluator.get_git_commit_hash
+    evaluator.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = usual
 
 
 @contextlib.contextmanager
@@ -235,7 +252,9 @@ def _simple_evaluate(
         except Exception as error:
             if not should_reduce_batch_size(error):
                 raise
-            tried = lm.batch_size if lm.batch_size != "auto" else max(lm.batch_sizes.values(), default=lm.max_batch_size)
+            tried = (
+                lm.batch_size if lm.batch_size != "auto" else max(lm.batch_sizes.values(), default=lm.max_batch_size)
+            )
             if tried == 1 or lm.world_size > 1:  # the other processes would wait for this one
                 raise EvaluationError(
                     f"memory has run out with {tried} sequences of up to {lm.max_length} tokens in a batch. A smaller "
@@ -250,8 +269,8 @@ def _check_answers(results: Results, task: str, model: str | Path) -> None:
     for sample in results["samples"][task]:
         if any(map(math.isnan, _numbers(sample["resps"]))):
             raise EvaluationError(
-                f"{model} gives NaN as the likelihood of an answer in {task} (document {sample['doc_id']}); a model whose "
-                "logits are finite is wanted. --dtype float32 may do."
+                f"{model} gives NaN as the likelihood of an answer in {task} (document {sample['doc_id']}); a model "
+                "whose logits are finite is wanted. --dtype float32 may do."
             )
 
 

@@ -1,5 +1,6 @@
 """How sparse a model is, and what its gates do, on a text: dense or Finedeep."""
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,6 +10,8 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..convert.destination import write_whole
+from ..convert.loading_bars import without_loading_bars
 from .activity import BINS, HIGHEST, LOWEST, THRESHOLDS, Place, places_of, rates, watch
 from .errors import EvaluationError
 from .table import aligned_markdown
@@ -49,6 +52,7 @@ def inspect(
     Raises:
         EvaluationError: the model or text cannot be read, or the model has no FFNs that are known here, or is broken.
     """
+    check_text(Path(text))
     loaded, tokenizer = load(model, device, dtype)
     window = min(WINDOW, loaded.config.max_position_embeddings)
     places = places_of(loaded)
@@ -71,7 +75,7 @@ def inspect(
             handle.remove()
     if not math.isfinite(loss):
         raise EvaluationError(
-            f"{model} has a loss of {loss} in {loaded.dtype}: its weights are damaged, or their range is too wide for this "
+            f"{model} has a loss of {loss} in {loaded.dtype}: its weights are damaged, or too large for this "
             "dtype (--dtype float32 shows which)."
         )
     return {
@@ -91,7 +95,8 @@ def load(model: str | Path, device: str | None, dtype: str) -> tuple[PreTrainedM
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
+        with without_loading_bars():
+            loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
     except (OSError, ValueError) as error:
         raise EvaluationError(f"{model} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     return loaded, tokenizer
@@ -119,24 +124,30 @@ def batches(tokenizer: PreTrainedTokenizerBase, text: Path, window: int, tokens:
         yield batch
     elif not given:
         if len(before) + len(buffer) < 2:
-            raise EvaluationError(f"{text} is empty; a text like those that the model is for is wanted.")
+            raise EvaluationError(f"{text} has {len(buffer)} tokens; 2 at least are wanted.")
         yield [before + buffer]
+
+
+def check_text(text: Path) -> None:
+    """Raise `EvaluationError` unless there is something to read."""
+    try:
+        with text.open(encoding="utf-8") as lines:
+            if any(line.strip() for line in lines):
+                return
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"{text} cannot be read ({error}); a file of UTF-8 text is wanted.") from error
+    raise EvaluationError(f"{text} is empty; a text like those that the model is for is wanted.")
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, text: Path) -> Iterator[list[int]]:
     """The text's tokens, piece by piece, cut at line ends where there are."""
-    try:
-        with text.open(encoding="utf-8") as lines:
-            while piece := "".join(lines.readlines(PIECE)):
-                for i in range(0, len(piece), 4 * PIECE):  # a book without a line end
-                    yield tokenizer(piece[i : i + 4 * PIECE], add_special_tokens=False, verbose=False)["input_ids"]
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"{text} cannot be read ({error}); a file of UTF-8 text is wanted.") from error
+    with text.open(encoding="utf-8") as lines:
+        while piece := "".join(lines.readlines(PIECE)):
+            for i in range(0, len(piece), 4 * PIECE):  # a book without a line end
+                yield tokenizer(piece[i : i + 4 * PIECE], add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def beginning_of(
-    tokenizer: PreTrainedTokenizerBase, ids: list[int], gates: tuple[torch.Tensor, ...]
-) -> dict[str, Any]:
+def beginning_of(tokenizer: PreTrainedTokenizerBase, ids: list[int], gates: tuple[torch.Tensor, ...]) -> dict[str, Any]:
     """The first tokens and their gates: a list for each token of (layer, M, K)."""
     by_token = torch.stack([layer[0, :SHOWN] for layer in gates], dim=1)
     words = [token.replace("Ġ", " ").replace("▁", " ") for token in tokenizer.convert_ids_to_tokens(ids[:SHOWN])]
@@ -145,6 +156,7 @@ def beginning_of(
 
 def summary_of(places: list[Place]) -> dict[str, Any]:
     """NSAR and histogram of the whole, by layer and by place."""
+
     def together(some: list[Place]) -> dict[str, float]:
         return rates(sum(p.sums["above"] for p in some), sum(p.values for p in some))
 
@@ -169,10 +181,7 @@ def rows_of(inspections: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     rows = [
         ["parameters", *(f"{found['parameters']:,}" for found in inspections.values())],
         ["loss, nats per token", *(f"{found['loss']:.4f}" for found in inspections.values())],
-        *(
-            [f"NSAR at {t}", *(f"{found['nsar'][str(t)]:.2%}" for found in inspections.values())]
-            for t in THRESHOLDS
-        ),
+        *([f"NSAR at {t}", *(f"{found['nsar'][str(t)]:.2%}" for found in inspections.values())] for t in THRESHOLDS),
         [
             "effective rank of an FFN's output, mean",
             *(f"{mean(p['effective_rank'] for p in found['places']):.1f}" for found in inspections.values()),
@@ -193,6 +202,17 @@ def rows_of(inspections: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
             cells = [figure(gates) if gates else None for gates in gated.values()]
             rows.append([label, *("" if value is None else f"{value:.3g}" for value in cells)])
     return rows
+
+
+def save(inspections: Mapping[str, Mapping[str, Any]], folder: str | Path) -> list[Path]:
+    """Write `inspection.json` and the figures into a folder. Returns their paths."""
+    from .plots import figures_of
+    from .plots import save as save_figures
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = write_whole(folder / "inspection.json", json.dumps(inspections, indent=1))
+    return [path, *save_figures(figures_of(inspections), folder)]
 
 
 def mean(values: Iterator[float | None]) -> float | None:

@@ -1,8 +1,8 @@
 """Is a difference between two models, scored on the same samples, more than chance?
 
-Interval: the percentile bootstrap over samples (Efron & Tibshirani 1993, chapter 13). Test: for scores of 0 and 1 the exact
-form of McNemar's (1947), for others the permutation test that swaps the two models' scores within samples, exact where
-there are few samples. Several tests at once: Holm (1979).
+Interval: the percentile bootstrap over samples (Efron & Tibshirani 1993, chapter 13). Test: for scores of 0 and 1 the
+exact form of McNemar's (1947), for others the permutation test that swaps the two models' scores within samples, exact
+where there are few samples. Several tests at once: Holm (1979).
 """
 
 import math

@@ -9,6 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from ..convert.destination import write_whole
 from . import cost, inspection, plots
 from .comparison import BETTER, HEAD, SAME, WORSE, Row, cells_of, figures_of
 from .inspection import TAU
@@ -52,10 +53,7 @@ def write_report(folder: Path, comparison: Mapping[str, Any], rows: Sequence[Row
         figures={name: base64.b64encode((folder / f"{name}.svg").read_bytes()).decode() for name in drawn},
         made=json.dumps({key: comparison[key] for key in MADE}, indent=1),
     )
-    path = folder / REPORT
-    scratch = path.with_name(f".{path.name}.new")
-    scratch.write_text(page, encoding="utf-8")
-    return scratch.replace(path)
+    return write_whole(folder / REPORT, page)
 
 
 def cards_of(comparison: Mapping[str, Any], rows: Sequence[Row]) -> Any:

@@ -12,23 +12,33 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ..convert.card import COMPARISON
+from ..convert.destination import differing, write_whole
 from ..version import __version__
+from . import cost, inspection
+from .comparison import compare, sentence_of, table_of
 from .errors import EvaluationError
+from .harness import evaluate
+from .inspection import check_text, inspect
+from .local_tasks import write_local_tasks
+from .report import write_report
 from .scores import Results
+from .table import side_by_side
+from .tokenization import check_same_tokenizer
 
-COMPARISON = "comparison.json"
 UNFINISHED, PLAN = ".unfinished", "plan.json"
 PACKAGES = ("torch", "transformers", "lm_eval", "scipy")
+NOT_TOLD = ("say", "output", "resume")  # of the options: they decide nothing
 WEIGHTS = ("*.safetensors", "config.json", "tokenizer.json")
 
 
 @dataclass(frozen=True)
 class Study:
-    """What came out. `comparison` is what `comparison.json` holds; `markdown` says it in tables and lines."""
+    """What came out: the harness's results of each model; all in Markdown; what `comparison.json` holds."""
 
     results: Mapping[str, Results]
-    comparison: Mapping[str, Any]
     markdown: str
+    comparison: Mapping[str, Any] | None = None
 
 
 def is_first_process() -> bool:
@@ -36,16 +46,21 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
 
 
+def score(model: str | Path, tasks: Sequence[str] = (), **options: Any) -> Study | None:
+    """Score one model. The options are those of `study`, but for `text`."""
+    if options.pop("text", None):
+        raise EvaluationError("--text compares a model with its --baseline; `finedeep inspect` looks at one alone.")
+    options.pop("progress", None)
+    results = _score({"model": model}, tasks, **options)
+    return Study(results, side_by_side(results)) if is_first_process() else None
+
+
 def study(
     model: str | Path,
     baseline: str | Path,
     tasks: Sequence[str] = (),
     *,
-    local: str | Path | None = None,
     text: str | Path | None = None,
-    output: str | Path | None = None,
-    resume: bool = False,
-    say: Callable[[str], None] | None = None,
     progress: bool = True,
     **options: Any,
 ) -> Study | None:
@@ -55,15 +70,15 @@ def study(
         model: a local folder or a Hub id of a Finedeep model.
         baseline: of the dense one.
         tasks: names of the harness's tasks or groups.
-        local: a folder of questions and texts, which become tasks too.
         text: a text file on which to look at sparsity and gates; None leaves that out.
-        output: a folder for the harness's results and samples, `comparison.json`, `comparison.md`, figures and
-            `report.html`. While the run is at work its answers are kept there, in `.unfinished`. None: nothing is
-            written, and costs are not measured.
-        resume: whether to go on with what a stopped run of the same study has left.
-        say: is given lines about what is being done.
         progress: whether to show bars on stderr.
-        options: those of `evaluate`.
+        options: those of `evaluate`, and
+            local: a folder of questions and texts, which become tasks too;
+            output: a folder for the harness's results and samples, `comparison.json`, `comparison.md`, figures and
+            `report.html`. While the run is at work its answers are kept there, in `.unfinished`. None: nothing is
+            written, and costs are not measured;
+            resume: whether to go on with what a stopped run of the same study has left;
+            say: is given lines about what is being done.
 
     Returns:
         What came out; None in the processes of `accelerate launch` but the first.
@@ -71,38 +86,55 @@ def study(
     Raises:
         EvaluationError: the models, tasks, data or options do not fit.
     """
-    from .comparison import compare
-    from .harness import evaluate
-    from .tokenization import check_same_tokenizer
-
-    say = say or (lambda line: None)
     models = {"dense": baseline, "finedeep": model}
     beginning = check_same_tokenizer(baseline, model)
+    if text:
+        check_text(Path(text))
+    results = _score(models, tasks, finish=False, **options)
+    if not is_first_process():
+        return None
+    done = _conclude(models, results, beginning, text, progress, options)
+    if options.get("output"):
+        shutil.rmtree(Path(options["output"]) / UNFINISHED)
+    return done
+
+
+def _score(
+    models: Mapping[str, str | Path],
+    tasks: Sequence[str],
+    *,
+    local: str | Path | None = None,
+    output: str | Path | None = None,
+    resume: bool = False,
+    include_path: str | Path | None = None,
+    say: Callable[[str], None] | None = None,
+    finish: bool = True,
+    **options: Any,
+) -> dict[str, Results]:
+    """The harness's results by model. What a stopped run needs is kept until it is finished."""
+    results = {}
     with ExitStack() as stack:
         if output:
             work = Path(output) / UNFINISHED
-            _begin(work, plan_of(models, tasks, local, options), resume)
+            _begin(work, plan_of(models, tasks, local, {"include_path": include_path, **options}), resume)
         else:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="finedeep-eval-")))
-        wanted, paths = tasks_of(tasks, local, options.pop("include_path", None), work)
-        results = {}
+        names, paths = tasks_of(tasks, local, include_path, work)
         for name, path in models.items():
-            say(f"Scoring {name}: {path}")
             kept = work / name
             kept.mkdir(parents=True, exist_ok=True)
-            results[name] = evaluate(path, wanted, include_path=paths, output=output, work=kept, say=say, **options)
-        if not is_first_process():
-            return None
-        rows = compare(results["dense"], results["finedeep"], options.get("seed", 0))
-        return _conclude(models, rows, results, beginning, text, output, options, say, progress)
+            if say:
+                say(f"Scoring {path}")
+            results[name] = evaluate(path, names, include_path=paths, output=output, work=kept, say=say, **options)
+    if output and finish and is_first_process():
+        shutil.rmtree(work)
+    return results
 
 
 def tasks_of(
     tasks: Sequence[str], local: str | Path | None, include_path: str | Path | None, work: Path
 ) -> tuple[list[str], list[Path]]:
     """Names of all tasks, and the folders that define them; those of a local folder are written into `work`."""
-    from .local_tasks import write_local_tasks
-
     names, paths = list(tasks), [Path(include_path)] if include_path else []
     if local:
         made = work / f"tasks-{os.environ.get('LOCAL_RANK', '0')}"  # each process has its own
@@ -150,10 +182,9 @@ def _begin(work: Path, plan: Mapping[str, Any], resume: bool) -> None:
                 f"{work} is what a stopped run has left: go on with --resume, or remove it to start again."
             )
         if before != plan:
-            different = ", ".join(sorted(key for key in {*plan, *before} if plan.get(key) != before.get(key)))
             raise EvaluationError(
-                f"the run that stopped was another one: {different} differ. Give what it was started with, or remove "
-                f"{work} to start again."
+                f"the run that stopped was another one: {differing(plan, before)} differ. Give what it had, or "
+                f"remove {work} to start again."
             )
         return
     try:
@@ -165,19 +196,15 @@ def _begin(work: Path, plan: Mapping[str, Any], resume: bool) -> None:
 
 def _conclude(
     models: Mapping[str, str | Path],
-    rows: Sequence[Any],
     results: Mapping[str, Results],
     beginning: str,
     text: str | Path | None,
-    output: str | Path | None,
-    options: Mapping[str, Any],
-    say: Callable[[str], None],
     progress: bool,
+    options: Mapping[str, Any],
 ) -> Study:
-    from .comparison import sentence_of, table_of
-    from .inspection import inspect
-    from .inspection import table_of as inspection_table
-
+    """Compare, inspect, measure; write it all down where there is a place for it."""
+    say = options.get("say") or (lambda line: None)
+    rows = compare(results["dense"], results["finedeep"], options.get("seed", 0))
     verdicts = [sentence_of(row) for row in rows if row.main]
     parts = [table_of(rows), "\n".join(verdicts), beginning]
     comparison: dict[str, Any] = {
@@ -186,36 +213,22 @@ def _conclude(
         "verdicts": verdicts,
         "n-shot": results["finedeep"]["n-shot"],
         "contexts": beginning,
-        "options": json.loads(json.dumps(options, default=str)),
+        "options": {key: value for key, value in options.items() if key not in NOT_TOLD},
         "versions": {"finedeep": __version__, **{package: version(package) for package in PACKAGES}},
         "machine": platform.machine(),
     }
     how = {"device": options.get("device"), "dtype": options.get("dtype", "auto")}
     if text:
-        say(f"Inspecting activations and gates on {text}")
+        say(f"Looking at activations and gates on {text}")
         comparison["inspection"] = {
             name: inspect(path, text, progress=progress, **how) for name, path in models.items()
         }
-        parts.append(inspection_table(comparison["inspection"]))
-    if output:
-        from .cost import costs_of
-        from .cost import table_of as cost_table
-        from .report import write_report
-
+        parts.append(inspection.table_of(comparison["inspection"]))
+    if output := options.get("output"):
         say("Measuring speed and memory, both models in turn")
-        comparison["cost"] = costs_of(models, **how)
-        parts.append(cost_table(comparison["cost"]))
-        folder = Path(output)
-        markdown = "\n\n".join(parts) + "\n"
-        _write(folder / COMPARISON, json.dumps(comparison, indent=1))
-        _write(folder / "comparison.md", markdown)
-        write_report(folder, comparison, rows)
-        shutil.rmtree(folder / UNFINISHED)
-    return Study(results, comparison, "\n\n".join(parts))
-
-
-def _write(path: Path, content: str) -> None:
-    """Whole or not at all."""
-    scratch = path.with_name(f".{path.name}.new")
-    scratch.write_text(content, encoding="utf-8")
-    scratch.replace(path)
+        comparison["cost"] = cost.costs_of(models, **how)
+        parts.append(cost.table_of(comparison["cost"]))
+        write_whole(Path(output) / COMPARISON, json.dumps(comparison, indent=1, default=str))
+        write_whole(Path(output) / "comparison.md", "\n\n".join(parts) + "\n")
+        write_report(Path(output), comparison, rows)
+    return Study(results, "\n\n".join(parts), comparison)

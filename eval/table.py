@@ -10,7 +10,12 @@ def side_by_side(models: Mapping[str, Mapping[str, Any]]) -> str:
     """One Markdown table. `models` maps a column's heading to the harness's results, all of the same tasks."""
     columns = {heading: scores_of(results) for heading, results in models.items()}
     rows = [
-        [place.task, place.metric, direction(score.higher_is_better), *(str(found[place]) for found in columns.values())]
+        [
+            place.task,
+            place.metric,
+            direction(score.higher_is_better),
+            *(str(found[place]) for found in columns.values()),
+        ]
         for place, score in next(iter(columns.values())).items()
     ]
     return aligned_markdown(["Task", "Metric", "Better", *columns], rows, 3)
@@ -22,7 +27,7 @@ def direction(higher_is_better: bool) -> str:
 
 
 def aligned_markdown(head: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> str:
-    """A table whose source is aligned as well; the first `words` columns to the left, the rest, numbers, to the right."""
+    """A table whose source is aligned as well: the first `words` columns to the left, numbers to the right."""
     table = [list(head), *map(list, rows)]
     widths = [max(3, *(len(row[i]) for row in table)) for i in range(len(head))]
 

@@ -20,19 +20,23 @@ def check_same_tokenizer(baseline: str | Path, model: str | Path) -> str:
     vocabulary, other = before.get_vocab(), after.get_vocab()
     if vocabulary != other:
         token = next(iter(sorted(vocabulary.items() ^ other.items())))[0]
-        found = f"{len(vocabulary)} and {len(other)} tokens; {token!r} is {vocabulary.get(token)} and {other.get(token)}"
+        found = (
+            f"{len(vocabulary)} and {len(other)} tokens; {token!r} is {vocabulary.get(token)} and {other.get(token)}"
+        )
     elif before(PROBE)["input_ids"] != after(PROBE)["input_ids"]:
         found = (
             f"{PROBE[:16]!r}... begins with {before.convert_ids_to_tokens(before(PROBE)['input_ids'][:6])} and "
             f"{after.convert_ids_to_tokens(after(PROBE)['input_ids'][:6])}"
         )
     elif (before.bos_token_id, before.eos_token_id) != (after.bos_token_id, after.eos_token_id):
-        found = f"BOS and EOS are {before.bos_token!r}, {before.eos_token!r} and {after.bos_token!r}, {after.eos_token!r}"
+        found = (
+            f"BOS and EOS are {before.bos_token!r}, {before.eos_token!r} and {after.bos_token!r}, {after.eos_token!r}"
+        )
     else:
         return _beginning(after)
     raise EvaluationError(
-        f"the tokenizers of {baseline} and {model} differ ({found}); models with the same tokenizer are wanted, such as a "
-        "dense model and what it was converted into. Score others one at a time, without --baseline."
+        f"the tokenizers of {baseline} and {model} differ ({found}); models with the same tokenizer are wanted, such "
+        "as a dense model and what it was converted into. Score others one at a time, without --baseline."
     )
 
 
