@@ -7,6 +7,7 @@ from transformers.utils import logging
 from ..convert import convert_checkpoint
 from ..convert.destination import check_free
 from ..eval import evaluate, side_by_side
+from ..eval.comparison import compare, sentence_of
 from ..eval.harness import require_harness
 from .dense import train_dense
 from .questions import write_tasks
@@ -54,8 +55,16 @@ def run_demo(output: str | Path, *, seed: int = 0, steps: int = 300) -> str:
             model, tasks, include_path=output / "tasks", output=output / "results", batch_size=32, seed=seed
         )
     table = side_by_side(results)
-    (output / "table.md").write_text(table + "\n", encoding="utf-8")
+    verdicts = [
+        f"{heading}: {sentence_of(row)}"
+        for heading in SHAPES
+        for row in compare(results["dense"], results[heading], seed)
+        if row.main
+    ]
+    (output / "table.md").write_text("\n".join([table, "", *verdicts, ""]), encoding="utf-8")
     print(f"\n{table}\n")
+    print("Beside the dense model, sample by sample:")
+    print("\n".join(verdicts), end="\n\n")
     print("M=1 is exact: its scores are the dense model's. M=2 is a plain cut without any training: its loss shows.")
     print("demo_choice has four choices, so that chance is 0.25.")
     print(f"Everything is in {output.resolve()}")

@@ -98,7 +98,7 @@ def evaluate(
         lm = _load_model(arguments, batch_size, device)
         if batch_size == "auto" and lm.device.type == "cpu":
             lm.batch_size_per_gpu = _batch_for_memory(lm)
-    _check_logits(lm, model)
+        _check_logits(lm, model)
     how = {
         "task_manager": wanted.manager,
         "num_fewshot": num_fewshot,
@@ -213,7 +213,7 @@ def _check_logits(lm: Any, model: str | Path) -> None:
 
 @contextlib.contextmanager
 def _without_git() -> Iterator[None]:
-    """Keep the harness from asking git, which complains on stderr, for the commit of wherever the user happens to be."""
+    """Keep the harness from asking git for the commit of the folder it runs in: git complains where there is none."""
     from lm_eval import evaluator
 
     usual = evaluator.get_git_commit_hash
@@ -227,10 +227,18 @@ def _without_git() -> Iterator[None]:
 @contextlib.contextmanager
 def _errors_of(model: str | Path, tasks: Sequence[str]) -> Iterator[None]:
     """What the harness and transformers raise, as `EvaluationError` where the user can do something about it."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
     try:
         yield
     except OSError as error:
         raise EvaluationError(f"{model} on {', '.join(tasks)}: {_one_line(error)}") from error
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        raise EvaluationError(
+            f"there is no memory for {model}; a smaller --dtype or another device is wanted."
+        ) from error
     except AssertionError as error:
         if "continuation_enc" not in traceback.format_exc():
             raise

@@ -1,0 +1,384 @@
+"""A model beside its baseline, from the command to the page."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from conftest import make_dense, random_model
+from finedeep.convert.card import make_card, read_comparison, read_scores
+from finedeep.eval import EvaluationError, cost, evaluate
+from finedeep.eval.harness import SUITE
+from finedeep.eval.scores import scores_of
+from finedeep.eval.tokenization import check_same_tokenizer
+from finedeep_cli import main
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("questions")
+    sums = [
+        {"question": f"{a} + {b}?", "choices": [str(a + b), str(a + b + 1)], "answer": (a * b) % 2}
+        for a in range(5)
+        for b in range(4)
+    ]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(line) + "\n" for line in sums))
+    (folder / "story.txt").write_text("Once upon a time there was a number.\n" * 120)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cut(dense, tmp_path_factory):
+    """M = 2: another function."""
+    from finedeep.convert import convert_checkpoint
+
+    folder = tmp_path_factory.mktemp("cut") / "cut"
+    convert_checkpoint(dense, folder, num_expert_sublayers=2, num_experts_per_sublayer=4, progress=False)
+    return folder
+
+
+def command(*words):
+    return main(["eval", *map(str, words), "--device", "cpu"])
+
+
+def test_identical_functions_differ_by_nothing(capsys, dense, converted, questions):
+    assert command(converted, "--baseline", dense, "--local", questions, "--quiet") == 0
+    printed = capsys.readouterr().out
+    verdicts = re.findall(r"^local_\w+: (.+?) \(.*difference \+0\.0000.* p = 1 after Holm", printed, re.MULTILINE)
+    assert verdicts == ["not distinguishable at this size"] * 2
+    assert "Contexts begin without BOS" in printed
+
+
+@pytest.fixture(scope="module")
+def done(dense, cut, questions, tmp_path_factory):
+    """The command with everything, once."""
+    output = tmp_path_factory.mktemp("study") / "results"
+    text = questions / "story.txt"
+    words = [cut, "--baseline", dense, "--local", questions, "--text", text, "--output", output]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost, "SECONDS", 0.1)
+        assert command(*words, "--seed", 7, "--quiet") == 0
+    return output
+
+
+def test_the_folder_holds_the_harness_results_and_the_comparison(done, dense):
+    assert len(list(done.rglob("results_*.json"))) == 2
+    assert len(list(done.rglob("samples_*.jsonl"))) == 4
+    assert not (done / ".unfinished").exists()
+    comparison = json.loads((done / "comparison.json").read_text())
+    rows = {(row["task"], row["metric"]): row for row in comparison["tasks"]}
+    samples = {}
+    for path in done.rglob("samples_local_sums_*.jsonl"):
+        found = {s["doc_id"]: s["acc"] for s in map(json.loads, path.read_text().splitlines())}
+        samples["finedeep" if "cut" in path.parent.name else "dense"] = found
+    wins = sum(samples["finedeep"][i] > samples["dense"][i] for i in range(20))
+    losses = sum(samples["finedeep"][i] < samples["dense"][i] for i in range(20))
+    found = rows["local_sums", "acc"]["difference"]
+    assert (found["wins"], found["losses"], found["samples"]) == (wins, losses, 20)
+    assert rows["local_sums", "acc"]["model"]["value"] == pytest.approx(sum(samples["finedeep"].values()) / 20)
+    assert comparison["n-shot"]["local_sums"] == 0
+    assert comparison["options"]["seed"] == 7
+    cost = comparison["cost"]["models"]
+    assert cost["dense"]["parameters"] == LlamaForCausalLM.from_pretrained(dense).num_parameters()
+    assert all(found["peak_memory"] > 0 and found["decode"][1] > 0 for found in cost.values())
+    # 2 * (weights of all products) at least; attention's scores and the routers come on top.
+    assert 1 < cost["finedeep"]["flops_per_token"] / cost["dense"]["flops_per_token"] < 1.2
+    assert set(comparison["inspection"]) == {"dense", "finedeep"}
+
+
+class Links(HTMLParser):
+    """What a page refers to."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.tags = [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.found += [value for name, value in attributes if name in ("src", "href", "srcset", "data", "action")]
+
+
+def test_the_page_needs_nothing_else(done):
+    page = (done / "report.html").read_text()
+    links = Links()
+    links.feed(page)
+    assert len(links.found) == 5
+    assert all(link.startswith("data:image/svg+xml;base64,") for link in links.found)
+    assert not {"script", "link", "iframe"} & set(links.tags)
+    assert "url(" not in page
+    assert "@import" not in page
+    assert "local_sums" in page
+    assert "NSAR at 0.1" in page
+    assert "tokens per second" in page
+
+
+def test_a_models_name_cannot_break_the_page(tmp_path, done):
+    from finedeep.eval.report import write_report
+
+    comparison = json.loads((done / "comparison.json").read_text())
+    comparison["models"]["finedeep"] = "<script>alert(1)</script>"
+    page = write_report(tmp_path, comparison, []).read_text()
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_the_card_takes_figures_and_comparison(done):
+    scores = read_scores(done)
+    comparison = json.loads((done / "comparison.json").read_text())
+    wanted = [(row["task"], row["metric"], row["model"]["value"]) for row in comparison["tasks"]]
+    assert [(score.dataset_type, score.metric_type, score.metric_value) for score in scores] == wanted
+    fields = {"num_hidden_layers": 2, "num_expert_sublayers": 2, "num_experts_per_sublayer": 4, "intermediate_size": 48}
+    card = str(make_card("me/cut", "main", fields, None, scores, read_comparison(done)))
+    assert "model-index" in card
+    assert "## Beside the dense model" in card
+    assert "| local_sums " in card
+
+
+def test_perplexity_is_that_of_transformers_loss(dense, tmp_path):
+    """exp of the loss on the same windows: BOS or EOS first, every token once."""
+    text = "It was a dark and stormy night, and so on. " * 2
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    from finedeep.eval.local_tasks import write_task
+
+    write_task(tmp_path, "t", "text", tmp_path / "t.jsonl")
+    score = scores_of(evaluate(dense, ["t"], include_path=tmp_path, device="cpu"))["t", "word_perplexity", "none"]
+    tokenizer, model = AutoTokenizer.from_pretrained(dense), LlamaForCausalLM.from_pretrained(dense).eval()
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]])
+    assert ids.shape[1] <= 128
+    with torch.no_grad():
+        loss = model(ids, labels=ids).loss.item()
+    words = len(re.split(r"\s+", text))
+    assert math.log(score.value) == pytest.approx(loss * (ids.shape[1] - 1) / words, rel=1e-5)
+
+
+def slow_model(folder):
+    """A model in whose folder a run takes long enough to be stopped in its midst."""
+    return make_dense(folder, hidden_size=128, intermediate_size=512, num_hidden_layers=4)
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path, capsys):
+    model, questions = slow_model(tmp_path / "model"), tmp_path / "questions"
+    questions.mkdir()
+    for name in ("a", "b"):
+        lines = [{"question": f"{name} {i}?", "choices": ["x" * 60, "y" * 50], "answer": 0} for i in range(24)]
+        (questions / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    output = tmp_path / "out"
+    words = ["eval", model, "--local", questions, "--output", output, "--batch-size", "1", "--device", "cpu"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "finedeep_cli", *map(str, words)], stderr=subprocess.PIPE, text=True, env=os.environ
+    )
+    for line in process.stderr:
+        if line.startswith("[1/2] local_a"):
+            break
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    work = output / ".unfinished"
+    assert list(work.rglob("local_a.json"))
+    assert not list(output.rglob("results_*.json"))
+
+    assert main(list(map(str, words))) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main([*map(str, words), "--resume", "--limit", "3"]) == 2
+    assert "limit differ" in capsys.readouterr().err
+
+    begin = time.perf_counter()
+    assert main([*map(str, words), "--resume"]) == 0
+    said = capsys.readouterr().err
+    first = said[: said.index("[1/2]")]
+    assert "Running loglikelihood requests" not in first, f"asked again, in {time.perf_counter() - begin:.1f} s"
+    assert "Running loglikelihood requests" in said
+    (results,) = output.rglob("results_*.json")
+    whole = scores_of(json.loads(results.read_text()))
+    assert not work.exists()
+    shutil.rmtree(output)
+    assert main([*map(str, words), "--quiet"]) == 0
+    (results,) = output.rglob("results_*.json")
+    assert scores_of(json.loads(results.read_text())) == whole
+
+
+def test_memory_that_runs_out_halves_the_batch(monkeypatch, capsys, dense, questions):
+    usual = LlamaForCausalLM.forward
+
+    def forward(self, input_ids, **kwargs):
+        if len(input_ids) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return usual(self, input_ids, **kwargs)
+
+    wanted = scores_of(evaluate(dense, ["local_sums"], include_path=made(questions), device="cpu"))
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    said = []
+    how = {"include_path": made(questions), "device": "cpu", "say": said.append}
+    assert scores_of(evaluate(dense, ["local_sums"], batch_size=16, **how)) == wanted
+    assert [line for line in said if "memory" in line] == [
+        "memory has run out with 16 sequences in a batch; going on with 8",
+        "memory has run out with 8 sequences in a batch; going on with 4",
+        "memory has run out with 4 sequences in a batch; going on with 2",
+    ]
+
+    def never(self, input_ids, **kwargs):
+        return forward(self, input_ids.T, **kwargs)  # of any prompt that is longer than three tokens
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", never)
+    with pytest.raises(EvaluationError, match=r"no memory for .* smaller --dtype"):
+        evaluate(dense, ["local_sums"], batch_size=1, **how)
+    monkeypatch.setattr("finedeep.eval.harness._check_logits", lambda *a: None)
+    with pytest.raises(EvaluationError, match=r"memory has run out with 1 sequences.*smaller --batch-size"):
+        evaluate(dense, ["local_sums"], batch_size=1, **how)
+
+
+def made(questions):
+    from finedeep.eval.local_tasks import write_local_tasks
+
+    write_local_tasks(questions, questions / "tasks")
+    return questions / "tasks"
+
+
+def test_a_model_of_nan_is_refused(tmp_path, capsys, questions):
+    model = random_model()
+    with torch.no_grad():
+        model.model.layers[1].sublayers[0].down_proj.weight[:, 3] = float("nan")
+    model.save_pretrained(tmp_path)
+    from conftest import byte_tokenizer
+
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert command(tmp_path, "--local", questions) == 2
+    assert "NaN for logits in torch.float32" in capsys.readouterr().err
+
+
+def test_tokenizers_that_differ_are_named(tmp_path, capsys, dense, converted, questions):
+    other = shutil.copytree(converted, tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(other)
+    assert command(other, "--baseline", dense, "--local", questions) == 2
+    said = capsys.readouterr().err
+    assert "259 and 260 tokens; '<new>' is None and 259" in said
+    assert "same tokenizer" in said
+
+
+def test_a_tokenizer_that_only_one_model_begins_with_is_named(tmp_path, converted, dense):
+    other = shutil.copytree(converted, tmp_path / "other")
+    path = other / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [256], "tokens": ["<s>"]}},
+    }
+    path.write_text(json.dumps(content))
+    with pytest.raises(EvaluationError, match=r"'Once upon a tim'\.\.\. begins with|begins with \['O'"):
+        check_same_tokenizer(dense, other)
+    assert check_same_tokenizer(other, other) == "Contexts begin with <s>, as the tokenizer has it, for both models."
+
+
+@pytest.fixture(scope="module")
+def manager():
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(SUITE))
+
+
+def test_the_suite_is_made_of_the_harness_tasks(manager):
+    assert "finedeep_suite" in manager.all_groups
+
+    def leaves(members):
+        for member in members:
+            yield from leaves(member["task"]) if "group" in member else [(member["task"], member["num_fewshot"])]
+
+    found = dict(leaves(manager.task_index["finedeep_suite"].cfg["task"]))
+    assert set(found) <= set(manager.all_subtasks)
+    choices = ["arc_easy", "arc_challenge", "hellaswag", "piqa", "social_iqa", "winogrande"]
+    answers = ["nq_open", "triviaqa"]
+    assert list(found) == [*choices, *answers, "lambada_openai", "squad_completion", "wikitext"]
+    assert {task for task, shots in found.items() if shots} == set(answers)
+
+
+def test_a_suite_without_network_says_where_the_data_come_from(capsys, monkeypatch, manager, converted):
+    usual = type(manager)
+
+    def index(include_defaults=True, **kwargs):  # reading the harness's own once will do
+        return manager if include_defaults else usual(include_defaults=False, **kwargs)
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", index)
+    assert command(converted, "--tasks", "finedeep_suite") == 2
+    said = capsys.readouterr().err
+    assert re.search(r"data of finedeep_suite cannot be had .* --local", said)
+
+
+def test_nothing_to_score(capsys, converted):
+    assert command(converted) == 2
+    assert "--tasks" in capsys.readouterr().err
+
+
+def test_a_text_without_a_baseline(capsys, converted, questions):
+    assert command(converted, "--local", questions, "--text", questions / "story.txt") == 2
+    assert "finedeep inspect" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_say_it_once(tmp_path, dense, cut, questions):
+    words = ["-m", "finedeep_cli", "eval", cut, "--baseline", dense, "--local", questions, "--output", tmp_path / "out"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    done = subprocess.run([*launch, *map(str, words)], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("local_sums:") == 1
+    assert len(list((tmp_path / "out").rglob("results_*.json"))) == 2
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
+@pytest.mark.parametrize("width", [360, 1400])
+def test_the_page_in_a_browser(tmp_path, done, width):
+    """A screenshot, and no more to scroll sideways than the screen has; tables scroll by themselves."""
+    page = (done / "report.html").read_text()
+    measure = "<script>document.title = document.documentElement.scrollWidth + ' ' + document.images.length + ' ' + "
+    measure += "[...document.images].filter(i => i.naturalWidth > 100).length</script></body>"
+    copy = tmp_path / "page.html"
+    copy.write_text(page.replace("</body>", measure))
+    # A narrow window has a least width of its own; a frame has not.
+    frame = tmp_path / "frame.html"
+    frame.write_text(f'<body style="margin:0"><iframe src="page.html" style="border:0;width:{width}px;height:4000px">')
+    headless = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
+    shot = tmp_path / f"page-{width}.png"
+    subprocess.run(
+        [*headless, f"--window-size={max(width, 500)},4000", f"--screenshot={shot}", frame.as_uri()],
+        check=True,
+        capture_output=True,
+    )
+    assert shot.stat().st_size > 50_000
+    frame.write_text(
+        frame.read_text() + "</iframe><script>onload = () => document.body.textContent = "
+        "document.querySelector('iframe').contentDocument.title</script>"
+    )
+    dom = subprocess.run(
+        [*headless, f"--window-size={max(width, 500)},4000", "--dump-dom", frame.as_uri()],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    scroll, images, drawn = map(int, re.search(r"(\d+) (\d+) (\d+)", re.sub(r"<head>.*</head>", "", dom)).groups())
+    assert scroll <= width
+    assert images == drawn == 5
