@@ -69,6 +69,9 @@ def run(arguments: argparse.Namespace) -> None:
         os.environ["TQDM_DISABLE"] = "1"  # before the libraries are imported that draw bars
     else:
         given["say"] = lambda line: print(line, file=sys.stderr, flush=True)
+    from finedeep.eval.harness import require_harness
+
+    require_harness()
     from finedeep.eval.study import score, study
 
     done = (

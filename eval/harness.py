@@ -113,12 +113,13 @@ def evaluate(
         folder = Path(work or stack.enter_context(tempfile.TemporaryDirectory(prefix="finedeep-eval-")))
         how["use_cache"] = str(folder / "answers")
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # where the harness shows its progress
-        stack.enter_context(_without_git())
+        stack.enter_context(_without("get_git_commit_hash"))
         results: Results = {}
         at_once = len(wanted.whole) == 1 and wanted.whole[0] in wanted.leaves.values()
         rough = {} if at_once else {"bootstrap_iters": ROUGH_BOOTSTRAP}
+        once_will_do = () if at_once else ("add_env_info",)
         for i, (name, task) in enumerate(wanted.leaves.items(), start=1):
-            with _errors_of(model, [name]):
+            with _errors_of(model, [name]), _without(*once_will_do):
                 results = _simple_evaluate(lm_eval, lm, [task], how | rough, say)
             if results:
                 _check_answers(results, name, model)
@@ -212,16 +213,16 @@ def _check_logits(lm: Any, model: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def _without_git() -> Iterator[None]:
-    """Keep the harness from asking git for the commit of the folder it runs in: git complains where there is none."""
+def _without(*names: str) -> Iterator[None]:
+    """Keep the harness from side jobs: asking git, which complains where there is no repository, listing packages."""
     from lm_eval import evaluator
 
-    usual = evaluator.get_git_commit_hash
-    evaluator.get_git_commit_hash = lambda: None
+    usual = {name: getattr(evaluator, name) for name in names}
+    vars(evaluator).update(dict.fromkeys(names, lambda *arguments: None))
     try:
         yield
     finally:
-        evaluator.get_git_commit_hash = usual
+        vars(evaluator).update(usual)
 
 
 @contextlib.contextmanager

@@ -206,9 +206,11 @@ def rows_of(inspections: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 
 def save(inspections: Mapping[str, Mapping[str, Any]], folder: str | Path) -> list[Path]:
     """Write `inspection.json` and the figures into a folder. Returns their paths."""
-    from .plots import figures_of
-    from .plots import save as save_figures
-
+    try:
+        from .plots import figures_of
+        from .plots import save as save_figures
+    except ImportError as error:
+        raise EvaluationError("figures want matplotlib. Install it with: pip install 'finedeep[plots]'") from error
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = write_whole(folder / "inspection.json", json.dumps(inspections, indent=1))

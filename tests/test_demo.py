@@ -34,4 +34,5 @@ def test_a_short_demo_goes_the_whole_way(tmp_path, capsys):
     assert len(found["dense"]) == 7
     for key, (score, _, _) in found["dense"].items():
         assert abs(found["finedeep-M1-K8"][key][0] - score) <= 1e-3 * abs(score)
-    assert found["finedeep-M2-K4"]["demo_text", "bits_per_byte"] != found["dense"]["demo_text", "bits_per_byte"]
+    bits = ("demo_text", "bits_per_byte", "none")
+    assert found["finedeep-M2-K4"][bits] != found["dense"][bits]

@@ -119,6 +119,7 @@ def test_without_the_harness_the_message_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(EvaluationError, match=r"finedeep\[eval\]"):
         evaluate("anything", ["arc_easy"])
+    assert main(["eval", "anything", "--tasks", "arc_easy"]) == 2
 
 
 @pytest.mark.parametrize("model", ["dense", "converted"])

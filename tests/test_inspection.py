@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -173,6 +174,14 @@ def test_the_command_writes_json_and_figures(tmp_path, capsys, finedeep, dense, 
     figures = ("activations", "nsar", "gates", "token_gates")
     assert names == {"inspection.json", *(f"{f}.{kind}" for f in figures for kind in ("svg", "png"))}
     assert all((tmp_path / "out" / name).stat().st_size > 3000 for name in names)
+
+
+def test_without_matplotlib_the_message_says_how_to_get_it(tmp_path, capsys, monkeypatch, dense, text):
+    for name in [name for name in sys.modules if name.startswith(("matplotlib", "finedeep.eval.plots"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["inspect", str(dense), "--text", str(text), "--output", str(tmp_path / "out"), "--quiet"]) == 2
+    assert "finedeep[plots]" in capsys.readouterr().err
 
 
 def test_a_dense_model_alone(capsys, dense, text):

@@ -75,13 +75,22 @@ def test_load_snippet(here):
     assert text == "FinedeepForCausalLM"
 
 
-def test_evaluate_snippet(here, capsys):
+def test_evaluate_snippet(here, capsys, monkeypatch):
     # the tasks named need downloads: the same command with local ones in their place
     names = write_tasks(here / "tasks", World.from_seed(0), seed=0, samples=4)
-    line = snippet("Evaluate", "bash").replace("arc_easy,piqa", ",".join(names[:2]))
+    (here / "text.txt").write_text("One thing after another. " * 100)
+    line = snippet("Evaluate", "bash").replace("finedeep_suite", ",".join(names[:2]))
     assert line != snippet("Evaluate", "bash")
+    monkeypatch.setattr("finedeep.eval.cost.SECONDS", 0.1)
     assert main([*shlex.split(line)[1:], "--include-path", str(here / "tasks")]) == 0
     assert re.search(r"\| +dense \| +finedeep \|", capsys.readouterr().out)
+    assert (here / "results/report.html").is_file()
+
+
+def test_inspect_snippet(here, capsys):
+    (here / "text.txt").write_text("One thing after another. " * 100)
+    assert main(shlex.split(snippets("Evaluate", "bash")[1])[1:]) == 0
+    assert "NSAR at 0.1" in capsys.readouterr().out
 
 
 def test_adapt_snippet(here):
