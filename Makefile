@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-official test-matrix bench lint format clean
+.PHONY: help demo test test-slow test-browser test-official test-matrix bench lint format clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -5
@@ -31,6 +31,10 @@ test: lint
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest tests -m slow --ignore=tests/official
 	FINEDEEP_HOSTILE_EXAMPLES=1000 $(BIN)/python -m pytest tests/test_hostile.py
+
+# the report's page in headless Chromium, where that is installed
+test-browser: $(INSTALLED)
+	$(BIN)/python -m pytest tests -m browser
 
 # transformers' own model tests, for Llama and Finedeep side by side; they are fetched from the package index
 test-official: $(INSTALLED)

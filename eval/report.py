@@ -61,7 +61,7 @@ def cards_of(comparison: Mapping[str, Any], rows: Sequence[Row]) -> Any:
     verdicts = Counter(row.verdict for row in rows if row.main)
     yield f"{verdicts[BETTER]}", "tasks better", BETTER if verdicts[BETTER] else ""
     yield f"{verdicts[WORSE]}", "tasks worse", WORSE if verdicts[WORSE] else ""
-    yield f"{verdicts[SAME]}", "not distinguishable at this size", ""
+    yield f"{verdicts[SAME]}", "undecided at this size", ""
     if found := comparison.get("inspection"):
         dense, model = (found[name] for name in ("dense", "finedeep"))
         yield f"{model['loss'] - dense['loss']:+.4f}", "loss over dense, nats per token", ""
