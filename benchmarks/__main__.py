@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ..version import __version__
 from . import cases, growth, memory, results, starting, timing
 from .models import DTYPES, SHAPES, largest_difference, parameters_of
+from .processor import processor
 from .readme import check_marks, put_into_readme
 
 Job = tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]
@@ -165,14 +166,6 @@ def described(arguments: argparse.Namespace) -> dict[str, Any]:
         "parameters": {name: parameters_of(name, 2, 8) for name in SHAPES},
         "difference": {dtype: largest_difference(SHAPES["31M"], 2, 8, dtype, device) for dtype in DTYPES},
     }
-
-
-def processor() -> str:
-    """The CPU's name, where Linux tells it."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else 'a CPU'} ({platform.machine()})"
 
 
 def arguments_of() -> argparse.Namespace:

@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import re
 from typing import Any
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 PYTHONS = {"True": True, "False": False, "None": None}  # as users of Python will write them
 
 
@@ -51,3 +53,10 @@ def field(text: str) -> tuple[str, Any]:
 def batch(text: str) -> int | str:
     """A whole number of at least 1, or "auto"."""
     return text if text == "auto" else positive_int(text)
+
+
+def device(text: str) -> str:
+    """A device by torch's name."""
+    if not re.fullmatch(r"cpu|mps|(cuda|xpu|npu|hpu)(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; cpu, cuda, cuda:1 or such is wanted")
+    return text

@@ -4,9 +4,9 @@ The scores are those of the plain command
   lm_eval run --model hf --model_args pretrained=MODEL,trust_remote_code=True --tasks ...
 
 With --baseline each task has a verdict: better, worse, or not distinguishable at this size, from the same samples
-(paired bootstrap, McNemar's exact or a permutation test, Holm's correction over tasks). With --output there are the
-harness's own results and samples, comparison.json, comparison.md, figures and a page, report.html, with speed and
-memory of both models.
+(paired bootstrap, McNemar's exact or a permutation test, Holm's correction over tasks). --output writes the harness's
+own results and samples and, with --baseline, comparison.json, comparison.md, figures and a page, report.html, with
+speed and memory of both models.
 
 A stopped run with --output goes on with --resume: no question is asked twice. For several GPUs:
   accelerate launch -m finedeep_cli eval ...
@@ -27,7 +27,7 @@ import argparse
 import os
 import sys
 
-from .argument_types import batch, field, names, non_negative_int, positive_int
+from .argument_types import DTYPES, batch, device, field, names, non_negative_int, positive_int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,11 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--output", metavar="DIR", help="where to write results, samples, the comparison and its page")
     option("--resume", action="store_true", help="go on with what a stopped run has left in --output")
     option("--include-path", metavar="DIR", help="a folder with task definitions of your own")
-    option("--num-fewshot", type=non_negative_int, metavar="N", help="examples before a question (default: the task's)")
+    option(
+        "--num-fewshot",
+        type=non_negative_int,
+        metavar="N",
+        help="examples before a question (default: the task's; a task's own 0 stays)",
+    )
     option("--limit", type=positive_int, metavar="N", help="score only the first N samples of each task")
     option("--batch-size", type=batch, default="auto", metavar="N", help="sequences (default: auto, what memory takes)")
-    option("--device", help="such as cpu or cuda:0 (default: a GPU where there is one)")
-    option("--dtype", default="auto", help="such as float32 or bfloat16 (default: the checkpoint's own)")
+    option("--device", type=device, help="such as cpu or cuda:0 (default: a GPU where there is one)")
+    option("--dtype", default="auto", choices=DTYPES, help="default: auto, the checkpoint's own")
     option("--max-length", type=positive_int, metavar="N", help="tokens (default: the model's own limit)")
     option(
         "--set",
@@ -56,7 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="an argument of the harness's hf model, the value as JSON or as text; may be given again",
     )
-    option("--seed", type=int, default=1234, help="for few-shot examples, bootstrap and permutations (default: 1234)")
+    option(
+        "--seed",
+        type=non_negative_int,
+        default=1234,
+        help="for few-shot examples, bootstrap and permutations (default: 1234)",
+    )
     option("--quiet", action="store_true", help="no progress, only the result")
 
 

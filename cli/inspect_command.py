@@ -13,7 +13,7 @@ examples:
 
 import argparse
 
-from .argument_types import positive_int
+from .argument_types import DTYPES, device, positive_int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,15 +26,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens", type=positive_int, default=65_536, metavar="N", help="of the text at most (default: %(default)s)"
     )
     option("--output", metavar="DIR", help="where to write inspection.json and the figures, as PNG and SVG")
-    option("--device", help="such as cpu or cuda:0 (default: a GPU where there is one)")
-    option("--dtype", default="auto", help="such as float32 or bfloat16 (default: the checkpoint's own)")
+    option("--device", type=device, help="such as cpu or cuda:0 (default: a GPU where there is one)")
+    option("--dtype", default="auto", choices=DTYPES, help="default: auto, the checkpoint's own")
     option("--quiet", action="store_true", help="no progress bar")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Inspect and print a table."""
-    from finedeep.eval.inspection import inspect, save, table_of
+    from finedeep.eval.inspection import inspect, prepare, save, table_of
 
+    if arguments.output:
+        prepare(arguments.output)
     models = {"dense": arguments.baseline} if arguments.baseline else {}
     models["finedeep" if arguments.baseline else "model"] = arguments.model
     found = {

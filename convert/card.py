@@ -65,13 +65,11 @@ def read_scores(path: Path) -> list[EvalResult]:
     Raises:
         ConversionError: there is no such file, or it has no results.
     """
-    if (path / COMPARISON).is_file():
-        return [
-            _score(row["task"], row["metric"], row["model"]["value"])
-            for row in read_json(path / COMPARISON, "a comparison")["tasks"]
-        ]
     if path.is_dir():
-        found = sorted(path.rglob("results_*.json"), key=lambda file: (file.stat().st_mtime_ns, file.name))
+        if comparison := _newest_comparison(path):
+            rows = read_json(comparison, "a comparison")["tasks"]
+            return [_score(row["task"], row["metric"], row["model"]["value"]) for row in rows]
+        found = _results_below(path)
         if not found:
             raise ConversionError(f"{path} holds no results_*.json; the folder of `finedeep eval --output` is wanted.")
         path = found[-1]
@@ -98,8 +96,23 @@ def _score(task: str, metric: str, value: float, name: str | None = None) -> Eva
 
 def read_comparison(path: Path) -> str | None:
     """What `finedeep eval --baseline` has found, as Markdown, if there is such in a folder."""
-    found = path / "comparison.md"
-    return found.read_text(encoding="utf-8").strip() if found.is_file() else None
+    if not _newest_comparison(path):
+        return None
+    return (path / COMPARISON).with_suffix(".md").read_text(encoding="utf-8").strip()
+
+
+def _newest_comparison(folder: Path) -> Path | None:
+    """A folder's comparison, unless something was scored since."""
+    path = folder / COMPARISON
+    if not path.is_file():
+        return None
+    newer = [file for file in _results_below(folder) if file.stat().st_mtime_ns > path.stat().st_mtime_ns]
+    return None if newer else path
+
+
+def _results_below(folder: Path) -> list[Path]:
+    """lm-eval's results, the newest last."""
+    return sorted(folder.rglob("results_*.json"), key=lambda file: (file.stat().st_mtime_ns, file.name))
 
 
 def _exactness(receipt: Mapping[str, Any]) -> str:

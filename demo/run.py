@@ -7,7 +7,6 @@ from transformers.utils import logging
 from ..convert import convert_checkpoint
 from ..convert.destination import check_free
 from ..eval import evaluate, side_by_side
-from ..eval.comparison import compare, sentence_of
 from ..eval.harness import require_harness
 from .dense import train_dense
 from .questions import write_tasks
@@ -30,6 +29,8 @@ def run_demo(output: str | Path, *, seed: int = 0, steps: int = 300) -> str:
         EvaluationError: lm-eval is not installed.
     """
     require_harness()
+    from ..eval.comparison import compare, sentence_of  # which need what has just been looked for
+
     output = Path(output)
     check_free(output)
     logging.disable_progress_bar()  # loading takes no time here

@@ -6,6 +6,7 @@ A "place" is an FFN: one for each layer of a dense model, one for each sub-layer
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ BINS, LOWEST, HIGHEST = (
     -0.5,
     2.0,
 )  # of the histogram: SiLU has no value below -0.28; the rest is counted at the ends
-NEAR = 0.05  # of 0 or 1: a sigmoid there hardly moves any more
+NEAR = 0.05  # of 0 or 1: a sigmoid there hardly moves any more (a softmax is near 0 below that part of 1 / K)
 NEVER = 0.01  # an expert whose share stays below that for every token never matters
 WIDEST = 2048  # of an output whose second moments are held; wider ones are projected down to it
+GATES = ("gate_proj", "gate_up_proj")  # of which an FFN has one, if it is gated
 TOKENS_AT_ONCE = 256  # whose expert outputs are held
 
 
@@ -39,9 +41,9 @@ class Place:
 
     layer: int
     sublayer: int
-    K: int
-    c: float
-    device: torch.device
+    K: int = 0
+    c: float = 1.0
+    function: str = "sigmoid"
     tokens: int = 0
     values: int = 0
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -65,7 +67,7 @@ class Place:
         g = g.double()
         self.add("gates", g.sum(0))
         self.add("products", g.T @ g)
-        self.add("near_0", (g / self.c < NEAR).sum(0))
+        self.add("near_0", (g / self.c < NEAR / (self.K if self.function == "softmax" else 1)).sum(0))
         self.add("near_1", (g / self.c > 1 - NEAR).sum(0))
         if self.K > 1:
             self.add("entropy", torch.special.entr(g / g.sum(-1, keepdim=True)).sum() / math.log(self.K))
@@ -79,10 +81,10 @@ class Place:
 
     def add_output(self, y: torch.Tensor) -> None:
         """Args: y (tokens, d), what is added to the residual stream."""
-        y = y.float()
         self.tokens += len(y)
         if y.shape[-1] > WIDEST:
-            y = y @ projection(y.shape[-1], y.device)
+            y = y.float() @ projection(y.shape[-1], y.device)
+        y = y.double()  # squares would drown the smaller directions
         self.add("moments", y.T @ y)
 
     def summary(self) -> dict[str, Any]:
@@ -137,6 +139,7 @@ def effective_rank(moments: torch.Tensor) -> float:
     return float(torch.special.entr(singular / singular.sum()).sum().exp())
 
 
+@cache
 def projection(width: int, device: torch.device) -> torch.Tensor:
     """(width, WIDEST): a random one keeps lengths and angles (Johnson & Lindenstrauss, 1984), and its seed is fixed."""
     generator = torch.Generator().manual_seed(0)
@@ -149,24 +152,31 @@ def places_of(model: PreTrainedModel) -> list[tuple[Place, nn.Module]]:
     Raises:
         EvaluationError: the model has no gated FFN that is known here.
     """
-    found = []
+    found: list[tuple[Place, nn.Module]] = []
     for i, layer in enumerate(getattr(model.base_model, "layers", [])):
         for m, ffn in enumerate(getattr(layer, "sublayers", None) or [getattr(layer, "mlp", None)]):
-            if ffn is None or activation_of(ffn) is None:
-                break
-            K = ffn.num_experts if isinstance(ffn, FinedeepSublayer) else 0
-            c = ffn.routed_scaling_factor if K else 1.0
-            found.append((Place(i, m, K, c, model.device), ffn))
+            if isinstance(ffn, FinedeepSublayer):
+                gates = (ffn.num_experts, ffn.routed_scaling_factor, ffn.routing_function)
+                found.append((Place(i, m, *gates), ffn))
+            elif any(hasattr(ffn, name) for name in GATES) and activation_of(ffn) is not None:
+                found.append((Place(i, m), ffn))
+            else:
+                raise not_known(model)
     if not found:
-        raise EvaluationError(
-            f"{type(model).__name__} has no gated FFNs that are known here; a Finedeep model is wanted, or a "
-            "dense one of a family that `finedeep convert` takes."
-        )
+        raise not_known(model)
     return found
 
 
+def not_known(model: PreTrainedModel) -> EvaluationError:
+    """What to say of a model that cannot be looked into."""
+    return EvaluationError(
+        f"not every layer of {type(model).__name__} has a gated FFN that is known here; a Finedeep model is wanted, or "
+        "a dense one of a family that `finedeep convert` takes."
+    )
+
+
 def activation_of(ffn: nn.Module) -> nn.Module | None:
-    """The module of act in act(gate) * up: its output is what is counted. Phi-3 has another name for it."""
+    """The module of act in act(gate) * up, whose output is what is counted. Phi-3 has another name for it."""
     return getattr(ffn, "act_fn", None) or getattr(ffn, "activation_fn", None)
 
 

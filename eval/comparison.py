@@ -153,7 +153,7 @@ def _group_difference(
     sizes = np.array([len(after) for _, after in values])
     for weights in (np.full(len(tasks), 1 / len(tasks)), sizes / sizes.sum()):
         if math.isclose(weights @ means, scores[place].value, rel_tol=1e-9):
-            return difference_of_means(values, weights, seed)
+            return difference_of_means(values, weights, higher_is_better=scores[place].higher_is_better, seed=seed)
     return None
 
 

@@ -1,6 +1,6 @@
 """What models cost, measured side by side: parameters, FLOPs, tokens per second, peak memory.
 
-    python -m finedeep.eval.cost MODEL DEVICE DTYPE
+    python -m finedeep.eval.cost MODEL DEVICE DTYPE PROMPT
 
 prints the peak memory of one model in a process of its own, in bytes.
 """
@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
 
 from ..benchmarks.memory import peak_during, printed_by
-from ..benchmarks.timing import Work, interleaved, quartiles
+from ..benchmarks.processor import processor
+from ..benchmarks.timing import Work, interleaved, let_go, quartiles
 from .errors import EvaluationError
 from .inspection import load
 from .table import aligned_markdown
@@ -39,7 +40,7 @@ def costs_of(models: Mapping[str, str | Path], device: str | None, dtype: str) -
     """
     loaded = {name: load(model, device, dtype)[0] for name, model in models.items()}
     on = next(iter(loaded.values())).device.type
-    prompt = min([PROMPT, *(m.config.max_position_embeddings - NEW for m in loaded.values())])
+    prompt = max(1, min([PROMPT, *(m.config.max_position_embeddings - NEW for m in loaded.values())]))
     ids = {name: ids_for(model, prompt + NEW) for name, model in loaded.items()}
     found: dict[str, dict[str, Any]] = {
         name: {
@@ -57,10 +58,12 @@ def costs_of(models: Mapping[str, str | Path], device: str | None, dtype: str) -
     for work, tokens, works in (("prefill", prompt, prefills), ("decode", NEW, decodes)):
         for name, taken in interleaved(works, SECONDS, on).items():
             found[name][work] = quartiles([tokens / t for t in taken])
-    del loaded, prefills, decodes
+    del loaded, prefills, decodes, works
+    let_go(on)  # for the processes that follow
     for name, model in models.items():
-        found[name]["peak_memory"] = peak_memory(model, device or on, dtype)
-    return {"prompt": prompt, "threads": torch.get_num_threads(), "device": on, "models": found}
+        found[name]["peak_memory"] = peak_memory(model, device or on, dtype, prompt)
+    name = torch.cuda.get_device_name() if on == "cuda" else processor()
+    return {"prompt": prompt, "threads": torch.get_num_threads(), "device": name, "models": found}
 
 
 def ids_for(model: PreTrainedModel, tokens: int) -> torch.Tensor:
@@ -94,18 +97,17 @@ def flops(model: PreTrainedModel, ids: torch.Tensor) -> int:
     return counter.get_total_flops()
 
 
-def peak_memory(model: str | Path, device: str, dtype: str) -> int:
+def peak_memory(model: str | Path, device: str, dtype: str, prompt: int) -> int:
     """Bytes at the most in a process of its own: on a GPU what torch allocates, on a CPU the resident set's rise."""
     try:
-        return int(printed_by(__spec__.name, str(model), device, dtype))
+        return int(printed_by(__spec__.name, str(model), device, dtype, str(prompt)))
     except RuntimeError as error:
         raise EvaluationError(f"{model} could not be run in a process of its own ({error}).") from error
 
 
-def run_once(model: str, device: str, dtype: str) -> None:
+def run_once(model: str, device: str, dtype: str, prompt: int) -> None:
     """Load, read a prompt, decode a few tokens."""
     loaded, _ = load(model, device, dtype)
-    prompt = min(PROMPT, loaded.config.max_position_embeddings - NEW)
     ids = ids_for(loaded, prompt + NEW)
     decode(loaded, ids[:, prompt:], prefill(loaded, ids[:, :prompt]))
 
@@ -116,7 +118,8 @@ def rows_of(costs: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     for label, figure, form in ROWS:
         values = list(map(figure, found))
-        rows.append([label, *map(form, values), f"{values[-1] / values[0]:.3f}"])
+        ratio = f"{values[-1] / values[0]:.3f}" if values[0] else ""  # a device that does not count its memory
+        rows.append([label, *map(form, values), ratio])
     return rows
 
 
@@ -139,4 +142,5 @@ ROWS = (
 )
 
 if __name__ == "__main__":
-    print(peak_during(partial(run_once, *sys.argv[1:]), sys.argv[2]))
+    model, device, dtype, prompt = sys.argv[1:]
+    print(peak_during(lambda: run_once(model, device, dtype, int(prompt)), device))

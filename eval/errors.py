@@ -1,5 +1,17 @@
 """The one error that an evaluation reports to its user."""
 
+from pathlib import Path
+
+import torch
+
 
 class EvaluationError(ValueError):
     """The evaluation cannot be done as asked. The message says what was found, what was wanted and what to do."""
+
+
+def cannot_load(model: str | Path, error: Exception) -> EvaluationError:
+    """What to say where a model could not be loaded or run, for whatever reason."""
+    if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+        return EvaluationError(f"there is no memory for {model}; a smaller --dtype or more of it is wanted.")
+    said = " ".join(str(error).split())[:400]
+    return EvaluationError(f"{model} cannot be loaded as a causal language model ({type(error).__name__}: {said}).")

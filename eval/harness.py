@@ -3,7 +3,6 @@
 import contextlib
 import difflib
 import io
-import json
 import logging
 import math
 import os
@@ -15,9 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from ..convert.loading_bars import without_loading_bars
-from .errors import EvaluationError
+from .errors import EvaluationError, cannot_load
+from .kept import KeptAnswers
 from .scores import Results, scores_of
 
+OWN_OPTIONS = {
+    "pretrained",
+    "device",
+    "dtype",
+    "batch_size",
+    "max_length",
+    "tokenizer",
+    "add_bos_token",
+    "prefix_token_id",
+}
 SUITE = Path(__file__).parent / "tasks"
 MOST_ON_A_CPU = 32  # sequences in a batch: more of them are no faster there
 SHARE_OF_MEMORY = 4  # one part of what is free may go into a batch's logits
@@ -26,13 +36,17 @@ COPIES = 3  # of the logits: in the model's dtype, in float32, and their log-sof
 
 
 def require_harness() -> Any:
-    """Import lm-eval, its log lines silenced. Raises `EvaluationError` where it is not installed."""
+    """Import lm-eval, its log lines silenced. Raises `EvaluationError` where it, or what goes with it, is missing."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
+        import jinja2  # noqa: F401
         import lm_eval
+        import matplotlib  # noqa: F401
+        import psutil  # noqa: F401
+        import scipy  # noqa: F401
     except ImportError as error:
         raise EvaluationError(
-            "lm-evaluation-harness is not installed. Install it with: pip install 'finedeep[eval]'"
+            f"{error.name} is not installed. Install it with: pip install 'finedeep[eval]'"
         ) from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return lm_eval
@@ -87,18 +101,15 @@ def evaluate(
     """
     lm_eval = require_harness()
     say = say or (lambda line: None)
+    if own := OWN_OPTIONS & set(model_args or {}):
+        raise EvaluationError(
+            f"{', '.join(sorted(own))}: no argument to set; there are options for model, dtype and such."
+        )
     wanted = _load_tasks(tasks, include_path)
-    arguments = {
-        "pretrained": str(model),
-        "dtype": dtype,
-        "max_length": max_length,
-        **(model_args or {}),
-    }
-    with _errors_of(model, tasks), without_loading_bars():
-        lm = _load_model(arguments, batch_size, device)
-        if batch_size == "auto" and lm.device.type == "cpu":
-            lm.batch_size_per_gpu = _batch_for_memory(lm)
-        _check_logits(lm, model)
+    _tell_of_examples(wanted, num_fewshot, say)
+    arguments = {"pretrained": str(model), "dtype": dtype, "max_length": max_length, **(model_args or {})}
+    lm = _load_model(arguments, batch_size, device)
+    _check_logits(lm, model)
     how = {
         "task_manager": wanted.manager,
         "num_fewshot": num_fewshot,
@@ -111,29 +122,28 @@ def evaluate(
     }
     with contextlib.ExitStack() as stack:
         folder = Path(work or stack.enter_context(tempfile.TemporaryDirectory(prefix="finedeep-eval-")))
-        how["use_cache"] = str(folder / "answers")
+        kept = KeptAnswers(folder, list(wanted.leaves), lm.rank, lm.world_size)
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # where the harness shows its progress
         stack.enter_context(_without("get_git_commit_hash"))
         results: Results = {}
-        at_once = len(wanted.whole) == 1 and wanted.whole[0] in wanted.leaves.values()
-        rough = {} if at_once else {"bootstrap_iters": ROUGH_BOOTSTRAP}
-        once_will_do = () if at_once else ("add_env_info",)
         for i, (name, task) in enumerate(wanted.leaves.items(), start=1):
-            with _errors_of(model, [name]), _without(*once_will_do):
-                results = _simple_evaluate(lm_eval, lm, [task], how | rough, say)
+            side_jobs = () if wanted.at_once else ("add_env_info",)
+            rough = {} if wanted.at_once else {"bootstrap_iters": ROUGH_BOOTSTRAP}
+            with _errors_of(model, [name]), _without(*side_jobs):
+                results = _simple_evaluate(lm_eval, lm, [task], {**how, **rough, "use_cache": kept.cache(name)}, say)
             if results:
                 _check_answers(results, name, model)
-                _keep(folder / f"{name}.json", results)
+                kept.write_scores(name, results)
                 say(f"[{i}/{len(wanted.leaves)}] {_summary(results)}")
-        if not at_once:
+        if not wanted.at_once:
             # Everything once more, from the answers that were kept: groups' averages as the harness makes them.
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))  # bars that are full at once
-            results = _simple_evaluate(lm_eval, lm, wanted.whole, how, say)
+            results = _simple_evaluate(lm_eval, lm, wanted.whole, {**how, "use_cache": kept.merged()}, say)
     if not results:
         return {}
     results["config"] |= {"model": "hf", "model_args": arguments, "batch_size": batch_size, "use_cache": None}
     if output:
-        _save(results, Path(output), arguments)
+        save_results(results, Path(output))
     return results
 
 
@@ -147,6 +157,7 @@ class _Wanted:
         below = {child for children in loaded["group_map"].values() for child in children}
         groups = [group for name, group in loaded["groups"].items() if name not in below]
         self.whole = [*groups, *(task for name, task in self.leaves.items() if name not in below)]
+        self.at_once = len(self.whole) == 1 and not groups
 
 
 def _load_tasks(tasks: Sequence[str], include_path: str | Path | Sequence[str | Path] | None) -> _Wanted:
@@ -166,7 +177,9 @@ def _load_tasks(tasks: Sequence[str], include_path: str | Path | Sequence[str | 
             )
     try:
         return _Wanted(manager, tasks)
-    except (OSError, ValueError) as error:  # what a dataset cannot be had for is one of many subclasses
+    except Exception as error:  # what keeps a dataset from being had, has many classes
+        if "Duplicate task" in str(error):
+            raise EvaluationError(f"{_one_line(error)}; name one of them only.") from error
         raise EvaluationError(
             f"the data of {', '.join(tasks)} cannot be had ({type(error).__name__}: {_one_line(error)}). A task's data "
             "come from the Hub, or out of its cache; --local takes questions and texts from a folder."
@@ -181,13 +194,29 @@ def _is_whole(index: Mapping[str, Any], name: str) -> bool:
     return isinstance(members, str) or all(isinstance(m, str) and _is_whole(index, m) for m in members)
 
 
+def _tell_of_examples(wanted: "_Wanted", num_fewshot: int | None, say: Callable[[str], None]) -> None:
+    """The harness keeps a task's own 0, which is then not what was asked for."""
+    kept = [name for name, task in wanted.leaves.items() if task.get_config("num_fewshot") == 0]
+    if num_fewshot and kept:
+        say(f"{num_fewshot} examples were asked for; these tasks have none by their own definition: {', '.join(kept)}")
+
+
 def _load_model(arguments: Mapping[str, Any], batch_size: int | str, device: str | None) -> Any:
+    """The harness's `hf` model. Raises `EvaluationError` whatever keeps it from being loaded."""
     import torch
     from lm_eval.api.registry import get_model
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    # Importing this package has registered Finedeep: no code out of a model's folder need be trusted.
-    return get_model("hf").create_from_arg_obj(dict(arguments), {"batch_size": batch_size, "device": device})
+    model = arguments["pretrained"]
+    try:
+        with without_loading_bars():
+            # Importing this package has registered Finedeep: no code out of a model's folder need be trusted.
+            lm = get_model("hf").create_from_arg_obj(dict(arguments), {"batch_size": batch_size, "device": device})
+    except Exception as error:
+        raise cannot_load(model, error) from error
+    if batch_size == "auto" and lm.device.type == "cpu":
+        lm.batch_size_per_gpu = _batch_for_memory(lm)
+    return lm
 
 
 def _batch_for_memory(lm: Any) -> int:
@@ -204,12 +233,16 @@ def _check_logits(lm: Any, model: str | Path) -> None:
     import torch
 
     ids = torch.arange(16, device=lm.device)[None] % lm.model.config.vocab_size
-    with torch.no_grad():
-        if lm.model(ids).logits.isnan().any():
-            raise EvaluationError(
-                f"{model} has NaN for logits in {lm.model.dtype}: its weights are damaged, or too large for "
-                "this dtype (--dtype float32 shows which)."
-            )
+    try:
+        with torch.no_grad():
+            broken = lm.model(ids).logits.isnan().any()
+    except Exception as error:
+        raise cannot_load(model, error) from error
+    if broken:
+        raise EvaluationError(
+            f"{model} has NaN for logits in {lm.model.dtype}: its weights are damaged, or too large for "
+            "this dtype (--dtype float32 shows which)."
+        )
 
 
 @contextlib.contextmanager
@@ -225,28 +258,28 @@ def _without(*names: str) -> Iterator[None]:
         vars(evaluator).update(usual)
 
 
+# What of the harness's complaints the user can do something about.
+ASSERTIONS = {
+    "len(continuation_enc) <= self.max_length": "an answer in {tasks} has more tokens than {model} can take at once. "
+    "--max-length raises the limit beyond the length that the model was trained for.",
+    "len(continuation_enc) > 0": "an answer in {tasks} is empty, and has no likelihood; a text is wanted.",
+    "max_ctx_len > 0": "{tasks} may generate as many tokens as {model} can take at once, so that none are left for the "
+    "question. --max-length raises the limit beyond the length that the model was trained for.",
+}
+
+
 @contextlib.contextmanager
 def _errors_of(model: str | Path, tasks: Sequence[str]) -> Iterator[None]:
-    """What the harness and transformers raise, as `EvaluationError` where the user can do something about it."""
-    from accelerate.utils.memory import should_reduce_batch_size
-
+    """What the harness raises, as `EvaluationError` where the user can do something about it."""
     try:
         yield
     except OSError as error:
         raise EvaluationError(f"{model} on {', '.join(tasks)}: {_one_line(error)}") from error
-    except RuntimeError as error:
-        if not should_reduce_batch_size(error):
-            raise
-        raise EvaluationError(
-            f"there is no memory for {model}; a smaller --dtype or another device is wanted."
-        ) from error
     except AssertionError as error:
-        if "continuation_enc" not in traceback.format_exc():
-            raise
-        raise EvaluationError(
-            f"an answer in {', '.join(tasks)} has more tokens than {model} can take at once. --max-length raises the "
-            "limit beyond the length that the model was trained for."
-        ) from error
+        for assertion, said in ASSERTIONS.items():
+            if assertion in traceback.format_exc():
+                raise EvaluationError(said.format(tasks=", ".join(tasks), model=model)) from error
+        raise
 
 
 def _simple_evaluate(
@@ -255,6 +288,7 @@ def _simple_evaluate(
     """The harness's own, again with half the batch wherever memory has run out."""
     from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
+    lm.batch_sizes.clear()  # found for another task's requests
     while True:
         try:
             return lm_eval.simple_evaluate(model=lm, tasks=list(tasks), **how) or {}
@@ -291,28 +325,25 @@ def _numbers(answers: Any) -> Iterator[float]:
         yield answers
 
 
-def _keep(path: Path, results: Results) -> None:
-    """A task's scores, without the samples, for whoever looks while others are at work."""
-    from lm_eval.utils import handle_non_serializable
-
-    kept = {key: value for key, value in results.items() if key != "samples"}
-    path.write_text(json.dumps(kept, indent=2, default=handle_non_serializable), encoding="utf-8")
-
-
 def _summary(results: Results) -> str:
     scores = scores_of(results)
     name = next(iter(scores)).task
     return f"{name}: " + ", ".join(f"{place.metric} {score}" for place, score in scores.items())
 
 
-def _save(results: Results, output: Path, arguments: Mapping[str, Any]) -> None:
-    """As the harness's own command does."""
+def save_results(results: Results, output: Path) -> None:
+    """Write results and samples as the harness's own command does.
+
+    Raises:
+        EvaluationError: something could not be written, of which the harness itself would only warn.
+    """
     from lm_eval.loggers import EvaluationTracker
 
+    before = set(output.rglob("*.json*"))
     tracker = EvaluationTracker(output_path=str(output))
     tracker.general_config_tracker.log_experiment_args(
         model_source="hf",
-        model_args=f"pretrained={arguments['pretrained']}",
+        model_args=f"pretrained={results['config']['model_args']['pretrained']}",
         system_instruction=None,
         chat_template=None,
         fewshot_as_multiturn=None,
@@ -321,6 +352,12 @@ def _save(results: Results, output: Path, arguments: Mapping[str, Any]) -> None:
     tracker.save_results_aggregated(results={k: v for k, v in results.items() if k != "samples"}, samples=samples)
     for task, task_samples in samples.items():
         tracker.save_results_samples(task_name=task, samples=task_samples)
+    written = set(output.rglob("*.json*")) - before
+    if len(written) != 1 + len(samples):
+        raise EvaluationError(
+            f"results and samples could not be written to {output}: {len(written)} of {1 + len(samples)} files are "
+            "there. Make room, or name a folder with a shorter path."
+        )
 
 
 def _one_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from ..convert.destination import write_whole
 from ..convert.loading_bars import without_loading_bars
 from .activity import BINS, HIGHEST, LOWEST, THRESHOLDS, Place, places_of, rates, watch
-from .errors import EvaluationError
+from .errors import EvaluationError, cannot_load
 from .table import aligned_markdown
 
 TAU = "0.1"  # the threshold of NSAR unless said otherwise
@@ -54,7 +54,7 @@ def inspect(
     """
     check_text(Path(text))
     loaded, tokenizer = load(model, device, dtype)
-    window = min(WINDOW, loaded.config.max_position_embeddings)
+    window = min(WINDOW, loaded.config.max_position_embeddings, max(2, tokens))
     places = places_of(loaded)
     handles = [handle for place, ffn in places for handle in watch(place, ffn)]
     finedeep = places[0][0].K > 0
@@ -97,8 +97,10 @@ def load(model: str | Path, device: str | None, dtype: str) -> tuple[PreTrainedM
         tokenizer = AutoTokenizer.from_pretrained(model)
         with without_loading_bars():
             loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
-    except (OSError, ValueError) as error:
-        raise EvaluationError(f"{model} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        if loaded.device.type == "cuda":
+            torch.cuda.set_device(loaded.device)  # of which memory and time are asked
+    except Exception as error:  # which it is, depends on versions
+        raise cannot_load(model, error) from error
     return loaded, tokenizer
 
 
@@ -129,22 +131,28 @@ def batches(tokenizer: PreTrainedTokenizerBase, text: Path, window: int, tokens:
 
 
 def check_text(text: Path) -> None:
-    """Raise `EvaluationError` unless there is something to read."""
+    """Raise `EvaluationError` unless the whole text can be read and there is something in it."""
     try:
-        with text.open(encoding="utf-8") as lines:
-            if any(line.strip() for line in lines):
-                return
+        with text.open(encoding="utf-8") as file:
+            found = False
+            while piece := file.read(PIECE):
+                found = found or bool(piece.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"{text} cannot be read ({error}); a file of UTF-8 text is wanted.") from error
-    raise EvaluationError(f"{text} is empty; a text like those that the model is for is wanted.")
+    if not found:
+        raise EvaluationError(f"{text} is empty; a text like those that the model is for is wanted.")
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, text: Path) -> Iterator[list[int]]:
     """The text's tokens, piece by piece, cut at line ends where there are."""
-    with text.open(encoding="utf-8") as lines:
-        while piece := "".join(lines.readlines(PIECE)):
-            for i in range(0, len(piece), 4 * PIECE):  # a book without a line end
-                yield tokenizer(piece[i : i + 4 * PIECE], add_special_tokens=False, verbose=False)["input_ids"]
+    rest = ""
+    with text.open(encoding="utf-8") as file:
+        while piece := file.read(PIECE):
+            whole, line_end, begun = (rest + piece).rpartition("\n")
+            piece, rest = (whole + line_end, begun) if line_end else (begun, "")
+            yield tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+    if rest:
+        yield tokenizer(rest, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def beginning_of(tokenizer: PreTrainedTokenizerBase, ids: list[int], gates: tuple[torch.Tensor, ...]) -> dict[str, Any]:
@@ -191,8 +199,8 @@ def rows_of(inspections: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     figures = {
         "gates, mean": lambda g: mean(map(mean, (p["mean"] for p in g))),
         "gates, spread over tokens": lambda g: mean(map(mean, (p["std"] for p in g))),
-        "gates near 0": lambda g: mean(map(mean, (p["near_0"] for p in g))),
-        "gates near 1": lambda g: mean(map(mean, (p["near_1"] for p in g))),
+        "gates near 0 (below 5 % of c)": lambda g: mean(map(mean, (p["near_0"] for p in g))),
+        "gates near c (above 95 % of c)": lambda g: mean(map(mean, (p["near_1"] for p in g))),
         "entropy of gates, 1 = all alike": lambda g: mean(p["entropy"] for p in g),
         "correlation between experts, mean size": lambda g: mean(p["mean_absolute_correlation"] for p in g),
         "experts that never matter": lambda g: float(sum(p["never_matters"] for p in g)),
@@ -204,17 +212,26 @@ def rows_of(inspections: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def save(inspections: Mapping[str, Mapping[str, Any]], folder: str | Path) -> list[Path]:
-    """Write `inspection.json` and the figures into a folder. Returns their paths."""
+def prepare(folder: str | Path) -> None:
+    """Make the folder for `save`. Raises `EvaluationError` where that, or drawing, is not possible."""
     try:
-        from .plots import figures_of
-        from .plots import save as save_figures
+        import matplotlib  # noqa: F401
+
+        Path(folder).mkdir(parents=True, exist_ok=True)
     except ImportError as error:
         raise EvaluationError("figures want matplotlib. Install it with: pip install 'finedeep[plots]'") from error
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = write_whole(folder / "inspection.json", json.dumps(inspections, indent=1))
-    return [path, *save_figures(figures_of(inspections), folder)]
+    except OSError as error:
+        raise EvaluationError(f"{folder} cannot be made ({error.strerror}); name another folder.") from error
+
+
+def save(inspections: Mapping[str, Mapping[str, Any]], folder: str | Path) -> list[Path]:
+    """Write `inspection.json` and the figures into a folder. Returns their paths."""
+    from .plots import figures_of
+    from .plots import save as save_figures
+
+    prepare(folder)
+    path = write_whole(Path(folder) / "inspection.json", json.dumps(inspections, indent=1))
+    return [path, *save_figures(figures_of(inspections), Path(folder))]
 
 
 def mean(values: Iterator[float | None]) -> float | None:

@@ -111,8 +111,8 @@ def write_local_tasks(source: Path, directory: Path) -> list[str]:
     names: dict[str, list[str]] = {}
     for path in files:
         name = f"local_{re.sub(r'[^A-Za-z0-9_.-]', '_', path.stem)}"
-        if any(name in found for found in names.values()):
-            raise EvaluationError(f"{path} would be task {name}, as is another file in {source}; rename one of them.")
+        if name == GROUP or any(name in found for found in names.values()):
+            raise EvaluationError(f"{path} would be task {name}, which there is already; give the file another name.")
         kind, lines = read_questions(path) if path.suffix == ".jsonl" else ("text", read_passages(path))
         data = directory / f"{name}.jsonl"
         data.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -136,7 +136,7 @@ def read_questions(path: Path) -> tuple[str, list[dict[str, Any]]]:
     """The kind of a JSONL file, and its lines. Raises `EvaluationError`, which names the line."""
     lines = []
     kind = None
-    for number, line in enumerate(_read(path).splitlines(), start=1):
+    for number, line in enumerate(_read(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -7,7 +7,7 @@ where there are few samples. Several tests at once: Holm (1979).
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
@@ -66,10 +66,11 @@ def difference_of(
     w = np.ones_like(a) if sizes is None else np.asarray(sizes, float)
     of = AGGREGATES[aggregate]
     better = (b - a) * (1 if higher_is_better else -1)
-    wins, losses = int((better > 0).sum()), int((better < 0).sum())
+    counts = _counts(better)
     low, high = _interval(a, b, w, of, seed)
     if set(np.unique([a, b])) <= {0.0, 1.0} and aggregate == "mean":
-        test, p = "exact McNemar", stats.binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
+        differ = counts["wins"] + counts["losses"]
+        test, p = "exact McNemar", stats.binomtest(counts["wins"], differ).pvalue if differ else 1.0
     else:
         test, p = "paired permutation", _permutation(a, b, w, of, seed)
     return Difference(
@@ -78,10 +79,7 @@ def difference_of(
         high=high,
         p=float(p),
         test=test,
-        wins=wins,
-        ties=len(a) - wins - losses,
-        losses=losses,
-        samples=len(a),
+        **counts,
     )
 
 
@@ -123,33 +121,42 @@ def _permutation(a: np.ndarray, b: np.ndarray, w: np.ndarray, of: Aggregate, see
 
 
 def difference_of_means(
-    tasks: Sequence[tuple[Sequence[float], Sequence[float]]], weights: Sequence[float], seed: int = 0
+    tasks: Sequence[tuple[Sequence[float], Sequence[float]]],
+    weights: Sequence[float],
+    *,
+    higher_is_better: bool = True,
+    seed: int = 0,
 ) -> Difference:
     """Compare a weighted mean of several tasks' means: each task's samples are resampled by themselves.
 
     Args:
         tasks: the baseline's and the model's scores of each task's samples.
         weights: of the tasks; they sum to 1.
+        higher_is_better: whether the model with the higher single score wins a sample.
         seed: of bootstrap and permutations.
     """
     a, b = (np.concatenate([np.asarray(task[i], float) for task in tasks]) for i in (0, 1))
     # Each sample's share, so that the sum over all samples is the weighted mean of means.
     share = np.concatenate([np.full(len(task[0]), w / len(task[0])) for task, w in zip(tasks, weights, strict=True)])
     total: Aggregate = lambda x, w, axis: (x * w).sum(axis)  # noqa: E731
-    whole = difference_of(a, b)  # for what does not depend on the weights
-    spread = sum(
-        w * _resampled_mean(np.subtract(task[1], task[0], dtype=float), seed + i)
-        for i, (task, w) in enumerate(zip(tasks, weights, strict=True))
-    )
-    low, high = np.quantile(spread, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return replace(
-        whole,
+    spread = [_resampled_mean(np.subtract(y, x, dtype=float), seed + i) for i, (x, y) in enumerate(tasks)]
+    low, high = None, None
+    if all(len(x) > 1 for x, _ in tasks):
+        low, high = map(float, np.quantile(np.tensordot(weights, spread, 1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
+    return Difference(
         difference=float(total(b - a, share, -1)),
-        low=float(low),
-        high=float(high),
+        low=low,
+        high=high,
         p=float(_permutation(a, b, share, total, seed)),
         test="paired permutation",
+        **_counts((b - a) * (1 if higher_is_better else -1)),
     )
+
+
+def _counts(better: np.ndarray) -> dict[str, int]:
+    """How many samples are better, the same, worse."""
+    wins, losses = int((better > 0).sum()), int((better < 0).sum())
+    return {"wins": wins, "ties": len(better) - wins - losses, "losses": losses, "samples": len(better)}
 
 
 def _resampled_mean(x: np.ndarray, seed: int) -> np.ndarray:

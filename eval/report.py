@@ -20,10 +20,10 @@ CAPTIONS = {
     "differences": "Finedeep's score less the dense model's, in tasks whose score is a share of samples.",
     "activations": "How often act(gate) has which value; the outermost bins hold all beyond.",
     "nsar": f"NSAR by layer: the share of activations further than {TAU} from zero.",
-    "gates": "Mean gate of each expert. In the middle of the scale it leaves the expert as it is.",
+    "gates": "Mean gate of each expert, from 0 to c. A gate of 1 leaves the expert as it is.",
     "token_gates": "Gates along the text's beginning, in the layer where they move most.",
 }
-MADE = ("options", "n-shot", "versions", "machine")  # of the comparison: what one needs to make it again
+MADE = ("options", "n-shot", "versions")  # of the comparison: what one needs to make it again
 
 
 def write_report(folder: Path, comparison: Mapping[str, Any], rows: Sequence[Row]) -> Path:
@@ -34,7 +34,7 @@ def write_report(folder: Path, comparison: Mapping[str, Any], rows: Sequence[Row
         comparison: what `comparison.json` holds.
         rows: the comparison's rows.
     """
-    found, costs = comparison.get("inspection"), comparison["cost"]
+    found, costs = comparison.get("inspection"), comparison.get("cost")
     drawn = {"differences": plots.differences(rows), **(plots.figures_of(found) if found else {})}
     drawn = {name: figure for name, figure in drawn.items() if figure}
     plots.save(drawn, folder)
@@ -47,7 +47,7 @@ def write_report(folder: Path, comparison: Mapping[str, Any], rows: Sequence[Row
         scores=[(cells_of(row), row.main) for row in rows],
         contexts=comparison["contexts"],
         sparsity=[(cells, False) for cells in inspection.rows_of(found)] if found else [],
-        cost=[(cells, False) for cells in cost.rows_of(costs)],
+        cost=[(cells, False) for cells in cost.rows_of(costs)] if costs else [],
         costs=costs,
         captions=CAPTIONS,
         figures={name: base64.b64encode((folder / f"{name}.svg").read_bytes()).decode() for name in drawn},
@@ -65,7 +65,9 @@ def cards_of(comparison: Mapping[str, Any], rows: Sequence[Row]) -> Any:
     if found := comparison.get("inspection"):
         dense, model = (found[name] for name in ("dense", "finedeep"))
         yield f"{model['loss'] - dense['loss']:+.4f}", "loss over dense, nats per token", ""
-        yield f"{model['nsar'][TAU] / dense['nsar'][TAU]:.2f}x", f"NSAR at {TAU} over dense", ""
-    dense, model = (comparison["cost"]["models"][name] for name in ("dense", "finedeep"))
-    yield f"{model['parameters'] / dense['parameters']:.3f}x", "parameters over dense", ""
-    yield f"{model['flops_per_token'] / dense['flops_per_token']:.3f}x", "FLOPs over dense", ""
+        if dense["nsar"][TAU]:
+            yield f"{model['nsar'][TAU] / dense['nsar'][TAU]:.2f}x", f"NSAR at {TAU} over dense", ""
+    if costs := comparison.get("cost"):
+        dense, model = (costs["models"][name] for name in ("dense", "finedeep"))
+        yield f"{model['parameters'] / dense['parameters']:.3f}x", "parameters over dense", ""
+        yield f"{model['flops_per_token'] / dense['flops_per_token']:.3f}x", "FLOPs over dense", ""

@@ -1,8 +1,6 @@
 """A model beside its dense baseline: benchmark scores compared sample by sample, sparsity, cost, one page of it all."""
 
 import json
-import os
-import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -12,24 +10,29 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import PretrainedConfig
+
 from ..convert.card import COMPARISON
 from ..convert.destination import differing, write_whole
 from ..version import __version__
 from . import cost, inspection
 from .comparison import compare, sentence_of, table_of
 from .errors import EvaluationError
-from .harness import evaluate
+from .harness import evaluate, save_results
 from .inspection import check_text, inspect
 from .local_tasks import write_local_tasks
+from .processes import is_first_process, process_number, share
 from .report import write_report
 from .scores import Results
 from .table import side_by_side
-from .tokenization import check_same_tokenizer
+from .tokenization import beginning_of, check_same_tokenizer
 
 UNFINISHED, PLAN = ".unfinished", "plan.json"
 PACKAGES = ("torch", "transformers", "lm_eval", "scipy")
 NOT_TOLD = ("say", "output", "resume")  # of the options: they decide nothing
-WEIGHTS = ("*.safetensors", "config.json", "tokenizer.json")
+# The files of a model's folder that decide its answers.
+DECISIVE = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "*.model", "vocab*", "merges*", "adapter*")
 
 
 @dataclass(frozen=True)
@@ -41,18 +44,20 @@ class Study:
     comparison: Mapping[str, Any] | None = None
 
 
-def is_first_process() -> bool:
-    """Whether this is the process that writes and speaks, under `accelerate launch` too."""
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
-
-
 def score(model: str | Path, tasks: Sequence[str] = (), **options: Any) -> Study | None:
     """Score one model. The options are those of `study`, but for `text`."""
     if options.pop("text", None):
         raise EvaluationError("--text compares a model with its --baseline; `finedeep inspect` looks at one alone.")
     options.pop("progress", None)
+    if have_nothing_to_do():
+        return None
+    beginning = beginning_of(model)
     results = _score({"model": model}, tasks, **options)
-    return Study(results, side_by_side(results)) if is_first_process() else None
+    if not is_first_process():
+        return None
+    if options.get("output"):
+        _finish(Path(options["output"]), results)
+    return Study(results, f"{side_by_side(results)}\n\n{beginning}")
 
 
 def study(
@@ -87,16 +92,20 @@ def study(
         EvaluationError: the models, tasks, data or options do not fit.
     """
     models = {"dense": baseline, "finedeep": model}
+    if have_nothing_to_do():
+        return None
     beginning = check_same_tokenizer(baseline, model)
     if text:
         check_text(Path(text))
-    results = _score(models, tasks, finish=False, **options)
+    results = _score(models, tasks, **options)
     if not is_first_process():
         return None
-    done = _conclude(models, results, beginning, text, progress, options)
-    if options.get("output"):
-        shutil.rmtree(Path(options["output"]) / UNFINISHED)
-    return done
+    return _conclude(models, results, beginning, text, progress, options)
+
+
+def have_nothing_to_do() -> bool:
+    """Whether this process may leave: without GPUs the harness does not share work out, and each would do all of it."""
+    return not is_first_process() and not torch.accelerator.is_available()
 
 
 def _score(
@@ -108,27 +117,33 @@ def _score(
     resume: bool = False,
     include_path: str | Path | None = None,
     say: Callable[[str], None] | None = None,
-    finish: bool = True,
     **options: Any,
 ) -> dict[str, Results]:
-    """The harness's results by model. What a stopped run needs is kept until it is finished."""
+    """The harness's results by model. What a stopped run needs is kept in the output until all is done."""
+    say = say if say and is_first_process() else (lambda line: None)
+    if resume and not output:
+        raise EvaluationError("--resume goes on with what is in an --output folder; name it.")
     results = {}
     with ExitStack() as stack:
         if output:
             work = Path(output) / UNFINISHED
-            _begin(work, plan_of(models, tasks, local, {"include_path": include_path, **options}), resume)
+            _begin_together(work, plan_of(models, tasks, local, {"include_path": include_path, **options}), resume)
         else:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="finedeep-eval-")))
         names, paths = tasks_of(tasks, local, include_path, work)
         for name, path in models.items():
-            kept = work / name
-            kept.mkdir(parents=True, exist_ok=True)
-            if say:
-                say(f"Scoring {path}")
-            results[name] = evaluate(path, names, include_path=paths, output=output, work=kept, say=say, **options)
-    if output and finish and is_first_process():
-        shutil.rmtree(work)
+            say(f"Scoring {path}")
+            results[name] = evaluate(path, names, include_path=paths, work=work / name, say=say, **options)
     return results
+
+
+def _finish(output: Path, results: Mapping[str, Results]) -> None:
+    """Write the harness's results, and remove what a stopped run would have needed."""
+    for found in results.values():
+        save_results(found, output)
+    gone = output / f"{UNFINISHED}.gone"  # in one step: half of it would be taken for a run to go on with
+    (output / UNFINISHED).rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def tasks_of(
@@ -137,7 +152,7 @@ def tasks_of(
     """Names of all tasks, and the folders that define them; those of a local folder are written into `work`."""
     names, paths = list(tasks), [Path(include_path)] if include_path else []
     if local:
-        made = work / f"tasks-{os.environ.get('LOCAL_RANK', '0')}"  # each process has its own
+        made = work / f"tasks-{process_number()}"  # each process has its own
         names += write_local_tasks(Path(local), made)
         paths.append(made)
     if not names:
@@ -150,18 +165,22 @@ def plan_of(
 ) -> dict[str, Any]:
     """All that decides the answers, to know a stopped run by."""
     decisive = {key: value for key, value in options.items() if key not in ("batch_size", "device")}
-    return json.loads(
-        json.dumps(
-            {
-                **{name: str(path) for name, path in models.items()},
-                **{f"files of {name}": _files(Path(path), WEIGHTS) for name, path in models.items()},
-                "tasks": list(tasks),
-                "local": _files(Path(local), ("*.jsonl", "*.txt")) if local else None,
-                **decisive,
-            },
-            default=str,
-        )
-    )
+    plan = {
+        **{name: str(path) for name, path in models.items()},
+        **{f"files of {name}": _files_of(path) for name, path in models.items()},
+        "tasks": list(tasks),
+        "local": _files(Path(local), ("*.jsonl", "*.txt")) if local else None,
+        "versions": versions(),
+        **decisive,
+    }
+    return json.loads(json.dumps(plan, default=str))
+
+
+def _files_of(model: str | Path) -> Any:
+    """A folder's files, or the commit of a Hub id."""
+    if Path(model).is_dir():
+        return _files(Path(model), DECISIVE)
+    return PretrainedConfig.get_config_dict(model)[0].get("_commit_hash")
 
 
 def _files(folder: Path, patterns: Sequence[str]) -> list[tuple[str, int, int]]:
@@ -170,26 +189,42 @@ def _files(folder: Path, patterns: Sequence[str]) -> list[tuple[str, int, int]]:
     return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(found)]
 
 
+def versions() -> dict[str, str]:
+    """Of all that decides scores and statistics."""
+    return {"finedeep": __version__, **{package: version(package) for package in PACKAGES}}
+
+
+def _begin_together(work: Path, plan: Mapping[str, Any], resume: bool) -> None:
+    """The first process begins, and all of them stop where it must not."""
+    refusal = None
+    if is_first_process():
+        try:
+            _begin(work, plan, resume)
+        except EvaluationError as error:
+            refusal = str(error)
+    if refusal := share(refusal):
+        raise EvaluationError(refusal)
+
+
 def _begin(work: Path, plan: Mapping[str, Any], resume: bool) -> None:
     """Make the folder of a new run, or check that a stopped one is to be gone on with."""
-    if not is_first_process():
-        return
     path = work / PLAN
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
         if not resume:
             raise EvaluationError(
                 f"{work} is what a stopped run has left: go on with --resume, or remove it to start again."
             )
+        before = json.loads(path.read_text(encoding="utf-8"))
         if before != plan:
             raise EvaluationError(
-                f"the run that stopped was another one: {differing(plan, before)} differ. Give what it had, or "
-                f"remove {work} to start again."
+                f"the run that stopped was another one: {differing(plan, before)} differ. Give what it had, or remove "
+                f"{work} to start again."
             )
         return
     try:
-        work.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(plan), encoding="utf-8")
+        shutil.rmtree(work, ignore_errors=True)  # answers of nobody knows what
+        work.mkdir(parents=True)
+        write_whole(path, json.dumps(plan))
     except OSError as error:
         raise EvaluationError(f"{work} cannot be written ({error.strerror}); name another --output.") from error
 
@@ -214,21 +249,38 @@ def _conclude(
         "n-shot": results["finedeep"]["n-shot"],
         "contexts": beginning,
         "options": {key: value for key, value in options.items() if key not in NOT_TOLD},
-        "versions": {"finedeep": __version__, **{package: version(package) for package in PACKAGES}},
-        "machine": platform.machine(),
+        "versions": versions(),
     }
     how = {"device": options.get("device"), "dtype": options.get("dtype", "auto")}
+    output = Path(options["output"]) if options.get("output") else None
+    looks: dict[str, tuple[str, Callable[[], Any], Callable[[Any], str]]] = {}
     if text:
-        say(f"Looking at activations and gates on {text}")
-        comparison["inspection"] = {
-            name: inspect(path, text, progress=progress, **how) for name, path in models.items()
-        }
-        parts.append(inspection.table_of(comparison["inspection"]))
-    if output := options.get("output"):
-        say("Measuring speed and memory, both models in turn")
-        comparison["cost"] = cost.costs_of(models, **how)
-        parts.append(cost.table_of(comparison["cost"]))
-        write_whole(Path(output) / COMPARISON, json.dumps(comparison, indent=1, default=str))
-        write_whole(Path(output) / "comparison.md", "\n\n".join(parts) + "\n")
-        write_report(Path(output), comparison, rows)
-    return Study(results, "\n\n".join(parts), comparison)
+        looks["inspection"] = (
+            f"Looking at activations and gates on {text}",
+            lambda: {name: inspect(path, text, progress=progress, **how) for name, path in models.items()},
+            inspection.table_of,
+        )
+    if output:
+        looks["cost"] = (
+            "Measuring speed and memory, both models in turn",
+            lambda: cost.costs_of(models, **how),
+            cost.table_of,
+        )
+        _finish(output, results)
+    for name, (line, look, table) in looks.items():
+        if options.get("model_args"):  # which these do not know of
+            parts.append(f"{name}: not measured with --set")
+            continue
+        say(line)
+        try:
+            comparison[name] = look()
+        except Exception as error:  # scores that took hours are worth more than this
+            parts.append(f"{name}: not measured ({type(error).__name__}: {' '.join(str(error).split())[:300]})")
+        else:
+            parts.append(table(comparison[name]))
+    markdown = "\n\n".join(parts)
+    if output:
+        write_whole(output / COMPARISON, json.dumps(comparison, indent=1, default=str))
+        write_whole(output / "comparison.md", f"{markdown}\n")
+        write_report(output, comparison, rows)
+    return Study(results, markdown, comparison)

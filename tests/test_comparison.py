@@ -82,6 +82,12 @@ def test_a_metric_that_is_no_mean_of_samples_is_not_tested():
     assert "no average" in sentence_of(row)
 
 
+def test_a_group_with_a_task_of_one_sample_has_no_interval():
+    groups = {"g": (["a", "b"], False)}
+    both = results_of({"a": {"acc": [1]}, "b": {"acc": [0, 1, 1]}}, groups)
+    assert by_place(compare(both, both))["g", "acc"].difference.low is None
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_groups_are_compared_the_way_the_harness_averages_them(weighted):
     groups = {"g": (["a", "b"], weighted)}
@@ -101,7 +107,7 @@ def test_other_samples_are_refused():
 
 
 def test_samples_in_another_order_are_paired_by_document():
-    one, two = results_of({"t": {"acc": [0, 1, 0]}}), results_of({"t": {"acc": [0, 1, 0]}})
+    one, two = results_of({"t": {"acc": [0, 0, 1]}}), results_of({"t": {"acc": [0, 0, 1]}})
     two["samples"]["t"].reverse()
     (row,) = compare(one, two)
     assert row.difference.ties == 3

@@ -43,14 +43,14 @@ def test_unknown_fields_in_the_first_line(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["empty.jsonl", "empty.txt"])
-def test_an_empty_file_is_named(tmp_path, capsys, name):
+def test_an_empty_file_is_named(tmp_path, capsys, dense, name):
     write(tmp_path / name, "  ")
-    assert main(["eval", "any", "--local", str(tmp_path)]) == 2
+    assert main(["eval", str(dense), "--local", str(tmp_path)]) == 2
     assert f"{name} is empty" in capsys.readouterr().err
 
 
-def test_a_folder_without_questions(tmp_path, capsys):
-    assert main(["eval", "any", "--local", str(tmp_path)]) == 2
+def test_a_folder_without_questions(tmp_path, capsys, dense):
+    assert main(["eval", str(dense), "--local", str(tmp_path)]) == 2
     assert "no *.jsonl and no *.txt" in capsys.readouterr().err
 
 
@@ -63,8 +63,19 @@ def test_a_file_that_is_no_text(tmp_path):
 def test_two_files_of_one_name(tmp_path):
     write(tmp_path / "a.jsonl", GOOD)
     write(tmp_path / "a.txt", "text")
-    with pytest.raises(EvaluationError, match="local_a"):
+    with pytest.raises(EvaluationError, match="local_a, which there is already"):
         write_local_tasks(tmp_path, tmp_path / "tasks")
+
+
+def test_a_file_named_like_the_group(tmp_path):
+    write(tmp_path / "choice.jsonl", GOOD)
+    with pytest.raises(EvaluationError, match="local_choice, which there is already"):
+        write_local_tasks(tmp_path, tmp_path / "tasks")
+
+
+def test_line_separators_that_json_allows_in_texts(tmp_path):
+    write(tmp_path / "q.jsonl", json.dumps(GOOD | {"question": "a\u2028b\u0085c"}, ensure_ascii=False), GOOD)
+    assert [line["question"] for line in read_questions(tmp_path / "q.jsonl")[1]] == ["a\u2028b\u0085c", "2 + 2?"]
 
 
 def test_passages_are_the_whole_text(tmp_path):

@@ -11,6 +11,7 @@ import sys
 import time
 from html.parser import HTMLParser
 
+import datasets
 import pytest
 import torch
 from conftest import make_dense, random_model
@@ -55,7 +56,7 @@ def test_identical_functions_differ_by_nothing(capsys, dense, converted, questio
     printed = capsys.readouterr().out
     verdicts = re.findall(r"^local_\w+: (.+?) \(.*difference \+0\.0000.* p = 1 after Holm", printed, re.MULTILINE)
     assert verdicts == ["not distinguishable at this size"] * 2
-    assert "Contexts begin without BOS" in printed
+    assert "Contexts begin without BOS, as the tokenizer has it; texts scored as a whole begin with <s>." in printed
 
 
 @pytest.fixture(scope="module")
@@ -143,17 +144,19 @@ def test_the_card_takes_figures_and_comparison(done):
     assert "| local_sums " in card
 
 
-def test_perplexity_is_that_of_transformers_loss(dense, tmp_path):
-    """exp of the loss on the same windows: BOS or EOS first, every token once."""
+@pytest.mark.parametrize("begins", [(), ("<s>",)])
+def test_perplexity_is_that_of_transformers_loss(dense, tmp_path, begins):
+    """exp of the loss on the same window, which begins with BOS, and with another if the tokenizer adds one."""
+    model = with_tokens_around(dense, tmp_path / "model", *begins, "A")
     text = "It was a dark and stormy night, and so on. " * 2
     (tmp_path / "t.jsonl").write_text(json.dumps({"text": text}) + "\n")
     from finedeep.eval.local_tasks import write_task
 
     write_task(tmp_path, "t", "text", tmp_path / "t.jsonl")
-    score = scores_of(evaluate(dense, ["t"], include_path=tmp_path, device="cpu"))["t", "word_perplexity", "none"]
-    tokenizer, model = AutoTokenizer.from_pretrained(dense), LlamaForCausalLM.from_pretrained(dense).eval()
+    score = scores_of(evaluate(model, ["t"], include_path=tmp_path, device="cpu"))["t", "word_perplexity", "none"]
+    tokenizer, model = AutoTokenizer.from_pretrained(model), LlamaForCausalLM.from_pretrained(model).eval()
     ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]])
-    assert ids.shape[1] <= 128
+    assert ids.shape[1] == 1 + len(begins) + len(text) <= 128
     with torch.no_grad():
         loss = model(ids, labels=ids).loss.item()
     words = len(re.split(r"\s+", text))
@@ -265,20 +268,47 @@ def test_tokenizers_that_differ_are_named(tmp_path, capsys, dense, converted, qu
     assert "same tokenizer" in said
 
 
-def test_a_tokenizer_that_only_one_model_begins_with_is_named(tmp_path, converted, dense):
-    other = shutil.copytree(converted, tmp_path / "other")
-    path = other / "tokenizer.json"
+def with_tokens_around(model, folder, *single):
+    """A copy whose tokenizer puts special tokens around the sequence A."""
+    copy = shutil.copytree(model, folder)
+    path = copy / "tokenizer.json"
     content = json.loads(path.read_text())
+    ids = {"<s>": 256, "</s>": 257}
+    parts = [{"Sequence" if x == "A" else "SpecialToken": {"id": x, "type_id": 0}} for x in single]
     content["post_processor"] = {
         "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "single": parts,
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
-        "special_tokens": {"<s>": {"id": "<s>", "ids": [256], "tokens": ["<s>"]}},
+        "special_tokens": {x: {"id": x, "ids": [ids[x]], "tokens": [x]} for x in single if x != "A"},
     }
     path.write_text(json.dumps(content))
-    with pytest.raises(EvaluationError, match=r"'Once upon a tim'\.\.\. begins with|begins with \['O'"):
+    return copy
+
+
+def test_a_tokenizer_that_only_one_model_begins_with_is_named(tmp_path, converted, dense):
+    other = with_tokens_around(converted, tmp_path / "other", "<s>", "A")
+    with pytest.raises(EvaluationError, match=r"'Once upon a time'\.\.\. begins with \['O'.* and \['<s>', 'O'"):
         check_same_tokenizer(dense, other)
-    assert check_same_tokenizer(other, other) == "Contexts begin with <s>, as the tokenizer has it, for both models."
+    said = (
+        "Contexts begin with <s>, as the tokenizer has it; texts scored as a whole begin with <s> <s>, as the harness"
+    )
+    assert check_same_tokenizer(other, other).startswith(said)
+
+
+def test_a_tokenizer_that_ends_texts_is_refused(tmp_path, capsys, dense, questions):
+    other = with_tokens_around(dense, tmp_path / "other", "<s>", "A", "</s>")
+    assert command(other, "--local", questions) == 2
+    assert "puts </s> at the end of a text" in capsys.readouterr().err
+
+
+def test_a_tokenizer_without_bos_and_eos_is_refused(tmp_path, capsys, dense, questions):
+    other = shutil.copytree(dense, tmp_path / "other")
+    path = other / "tokenizer_config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in fields.items() if k not in ("bos_token", "eos_token")}))
+    (other / "special_tokens_map.json").unlink(missing_ok=True)
+    assert command(other, "--local", questions) == 2
+    assert "neither BOS nor EOS" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -315,6 +345,50 @@ def test_a_suite_without_network_says_where_the_data_come_from(capsys, monkeypat
     assert re.search(r"data of finedeep_suite cannot be had .* --local", said)
 
 
+def tiny(**rows):
+    """A stand-in for `ConfigurableTask.download`: some rows of the task's own kind, wherever it looks for them."""
+
+    def download(self, *arguments, **more):
+        row = rows[self.config.task if isinstance(self.config.task, str) else "squad_completion"]
+        split = datasets.Dataset.from_list([{**row, "row": i} for i in range(8)])
+        self.dataset = datasets.DatasetDict(dict.fromkeys(("train", "validation", "test"), split))
+
+    return download
+
+
+def test_the_whole_suite_on_rows_of_each_kind(capsys, monkeypatch, manager, dense, converted):
+    """The harness's own definitions, its prompts, filters and averages; only the data are made up."""
+    arc = {"question": "Sky?", "choices": {"text": ["blue", "red"], "label": ["A", "B"]}, "answerKey": "B"}
+    swag = {"activity_label": "Run", "ctx_a": "He runs.", "ctx_b": "he", "endings": ["a", "b", "c", "d"], "label": "2"}
+    social = {"context": "Ann ate.", "question": "Why?", "answerA": "a", "answerB": "b", "answerC": "c", "label": "1"}
+    rows = {
+        "arc_easy": arc,
+        "arc_challenge": arc,
+        "hellaswag": swag,
+        "piqa": {"goal": "Open it", "sol1": "pull", "sol2": "push", "label": 1},
+        "social_iqa": social,
+        "winogrande": {"sentence": "A cat saw _ run.", "option1": "Tom", "option2": "Ann", "answer": "1"},
+        "nq_open": {"question": "who", "answer": ["me"]},
+        "triviaqa": {"question": "who", "answer": {"aliases": ["me"], "value": "me"}},
+        "lambada_openai": {"text": "once upon a time"},
+        "squad_completion": {"text": "It is", "value": "so"},
+        "wikitext": {"page": "A page of words."},
+    }
+    monkeypatch.setattr("lm_eval.api.task.ConfigurableTask.download", tiny(**rows))
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **kwargs: manager)
+    assert (
+        command(
+            converted, "--baseline", dense, "--tasks", "finedeep_suite", "--max-length", 512, "--limit", 2, "--quiet"
+        )
+        == 0
+    )
+    printed = capsys.readouterr().out
+    for task in rows:
+        assert re.search(rf"^{task}: not distinguishable at this size", printed, re.MULTILINE), task
+    for group, metric in (("finedeep_suite::choice", "acc"), ("finedeep_suite::answer", r"exact_match \(remove_w")):
+        assert re.search(rf"^\| {group} +\| {metric}.* \+0.0000 .*\|", printed, re.MULTILINE), printed
+
+
 def test_nothing_to_score(capsys, converted):
     assert command(converted) == 2
     assert "--tasks" in capsys.readouterr().err
@@ -323,6 +397,73 @@ def test_nothing_to_score(capsys, converted):
 def test_a_text_without_a_baseline(capsys, converted, questions):
     assert command(converted, "--local", questions, "--text", questions / "story.txt") == 2
     assert "finedeep inspect" in capsys.readouterr().err
+
+
+def test_what_goes_wrong_after_scoring_does_not_lose_the_scores(tmp_path, capsys, monkeypatch, dense, cut, questions):
+    def broken(*arguments, **more):
+        raise RuntimeError("no /proc here")
+
+    monkeypatch.setattr(cost, "peak_memory", broken)
+    monkeypatch.setattr(cost, "SECONDS", 0.01)
+    words = ["--baseline", dense, "--local", questions, "--output", tmp_path / "out", "--limit", 2, "--quiet"]
+    assert command(cut, *words) == 0
+    assert "cost: not measured (RuntimeError: no /proc here)" in capsys.readouterr().out
+    assert "local_sums" in (tmp_path / "out/report.html").read_text()
+    assert "cost" not in json.loads((tmp_path / "out/comparison.json").read_text())
+
+
+def test_results_that_cannot_be_written_leave_the_answers(tmp_path, capsys, dense, questions):
+    model = shutil.copytree(dense, tmp_path / "/".join(["deep" * 20] * 4))  # the harness makes one name of it
+    out = tmp_path / "out"
+    assert command(model, "--local", questions, "--limit", 2, "--output", out) == 2
+    assert "could not be written" in capsys.readouterr().err
+    assert (out / ".unfinished/plan.json").is_file()
+
+
+def test_answers_of_nobody_knows_which_model_are_not_used(tmp_path, dense, questions):
+    work = tmp_path / "out/.unfinished"
+    (work / "model").mkdir(parents=True)
+    (work / "model/answers-0_rank0.db").write_text("not even a database")
+    assert command(dense, "--local", questions, "--limit", 2, "--output", tmp_path / "out", "--quiet") == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--set", "pretrained=x"], "pretrained: no argument to set"),
+        (["--set", "nothing=1"], "cannot be loaded as a causal language model"),
+        (["--resume"], "--output"),
+    ],
+)
+def test_options_that_cannot_be_met(capsys, dense, questions, options, said):
+    assert command(dense, "--local", questions, *options) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--num-fewshot", "x"], ["--seed", "-1"], ["--device", "gpu"]])
+def test_options_of_no_such_kind(capsys, options):
+    with pytest.raises(SystemExit):
+        main(["eval", "any", "--tasks", "any", *options])
+    assert options[1] in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path, capsys, dense, questions):
+    model = shutil.copytree(dense, tmp_path / "model")
+    with (model / "model.safetensors").open("r+b") as file:
+        file.truncate(2000)
+    assert command(model, "--local", questions) == 2
+    assert re.fullmatch(
+        r"finedeep: error: \S+/model cannot be loaded .*\n", capsys.readouterr().err.splitlines(True)[-1]
+    )
+
+
+def test_a_comparison_older_than_other_results_is_not_for_the_card(tmp_path, done):
+    folder = shutil.copytree(done, tmp_path / "results")
+    later = folder / "results_later.json"
+    later.write_text(json.dumps({"results": {"other": {"alias": "other", "acc,none": 0.5}}}))
+    os.utime(later, (time.time() + 60, time.time() + 60))
+    assert [score.dataset_type for score in read_scores(folder)] == ["other"]
+    assert read_comparison(folder) is None
 
 
 @pytest.mark.slow

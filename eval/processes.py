@@ -1,0 +1,31 @@
+"""Several processes of `accelerate launch`: which one writes, and how all learn of what one has found."""
+
+import os
+from datetime import timedelta
+
+
+def process_number() -> int:
+    """This process among all; 0 where there is one."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes and speaks."""
+    return process_number() == 0
+
+
+def are_several() -> bool:
+    """Whether there are others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def share(said: str | None) -> str | None:
+    """What the first process says, in all of them: each calls this and waits for the others."""
+    if not are_several():
+        return said
+    from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.utils import broadcast_object_list
+
+    # As long as the harness would wait: the first to ask for a process group decides.
+    Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(weeks=52))])
+    return broadcast_object_list([said])[0]
