@@ -25,8 +25,9 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/finedeep demo --output finedeep-demo/$$(date +%Y%m%d-%H%M%S)
 
+# two files at a time, each on one thread: most tests are of tiny models, which two threads make no faster
 test: lint
-	$(BIN)/python -m pytest tests -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m 'not slow' --numprocesses 2 --dist loadfile
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest tests -m slow --ignore=tests/official

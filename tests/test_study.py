@@ -333,13 +333,23 @@ def test_the_suite_is_made_of_the_harness_tasks(manager):
     assert {task for task, shots in found.items() if shots} == set(answers)
 
 
-def test_a_suite_without_network_says_where_the_data_come_from(capsys, monkeypatch, manager, converted):
+@pytest.fixture
+def one_index(monkeypatch, manager):
+    """Reading the harness's own definitions once will do."""
     usual = type(manager)
 
-    def index(include_defaults=True, **kwargs):  # reading the harness's own once will do
+    def index(include_defaults=True, **kwargs):
         return manager if include_defaults else usual(include_defaults=False, **kwargs)
 
     monkeypatch.setattr("lm_eval.tasks.TaskManager", index)
+
+
+def test_an_unknown_task_has_its_nearest_names(capsys, one_index, converted):
+    assert command(converted, "--tasks", "arc_eazy") == 2
+    assert re.search(r"no task 'arc_eazy' \(nearest: .*arc_easy", capsys.readouterr().err)
+
+
+def test_a_suite_without_network_says_where_the_data_come_from(capsys, one_index, converted):
     assert command(converted, "--tasks", "finedeep_suite") == 2
     said = capsys.readouterr().err
     assert re.search(r"data of finedeep_suite cannot be had .* --local", said)
@@ -356,7 +366,7 @@ def tiny(**rows):
     return download
 
 
-def test_the_whole_suite_on_rows_of_each_kind(capsys, monkeypatch, manager, dense, converted):
+def test_the_whole_suite_on_rows_of_each_kind(capsys, monkeypatch, one_index, dense, converted):
     """The harness's own definitions, its prompts, filters and averages; only the data are made up."""
     arc = {"question": "Sky?", "choices": {"text": ["blue", "red"], "label": ["A", "B"]}, "answerKey": "B"}
     swag = {"activity_label": "Run", "ctx_a": "He runs.", "ctx_b": "he", "endings": ["a", "b", "c", "d"], "label": "2"}
@@ -375,7 +385,6 @@ def test_the_whole_suite_on_rows_of_each_kind(capsys, monkeypatch, manager, dens
         "wikitext": {"page": "A page of words."},
     }
     monkeypatch.setattr("lm_eval.api.task.ConfigurableTask.download", tiny(**rows))
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **kwargs: manager)
     assert (
         command(
             converted, "--baseline", dense, "--tasks", "finedeep_suite", "--max-length", 512, "--limit", 2, "--quiet"
