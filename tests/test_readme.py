@@ -93,6 +93,19 @@ def test_inspect_snippet(here, capsys):
     assert "NSAR at 0.1" in capsys.readouterr().out
 
 
+def test_pretrain_snippet(here):
+    text = "\n".join(f"{i} and {i + 1} are {2 * i + 1}." for i in range(3000))
+    (here / "a.txt").write_text(text)
+    (here / "b.txt").write_text(text[-9000:])
+    words = snippet("Train and adapt", "bash").split()
+    assert words[0] == "python"
+    script, recipe = (str(ROOT / word) for word in words[1:3])
+    small = ["training.max_steps=2", "training.save_steps=2", "sizes.num_hidden_layers=1", "tokenizer.vocabulary=300"]
+    changes = [word for change in small for word in ("--set", change)]
+    subprocess.run([sys.executable, script, recipe, *words[3:], *changes], check=True, cwd=here, capture_output=True)
+    assert (here / "out/model/model.safetensors").is_file()
+
+
 def test_adapt_snippet(here):
     pytest.importorskip("peft")
     code = snippet("Train and adapt", "python")
