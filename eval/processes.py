@@ -3,6 +3,11 @@
 import os
 from datetime import timedelta
 
+import torch
+
+# By which a launcher tells a process of the others.
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
 
 def process_number() -> int:
     """This process among all; 0 where there is one."""
@@ -17,6 +22,17 @@ def is_first_process() -> bool:
 def are_several() -> bool:
     """Whether there are others."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def is_needed() -> bool:
+    """Whether this process has work to do. On CPUs the harness shares nothing out, and the first one goes on alone."""
+    if torch.accelerator.is_available():
+        return True
+    needed = is_first_process()
+    if needed:
+        for name in LAUNCHED:
+            os.environ.pop(name, None)
+    return needed
 
 
 def share(said: str | None) -> str | None:

@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PretrainedConfig
 
 from ..convert.card import COMPARISON
@@ -22,7 +21,7 @@ from .errors import EvaluationError
 from .harness import evaluate, save_results
 from .inspection import check_text, inspect
 from .local_tasks import write_local_tasks
-from .processes import is_first_process, process_number, share
+from .processes import is_first_process, is_needed, process_number, share
 from .report import write_report
 from .scores import Results
 from .table import side_by_side
@@ -49,14 +48,15 @@ def score(model: str | Path, tasks: Sequence[str] = (), **options: Any) -> Study
     if options.pop("text", None):
         raise EvaluationError("--text compares a model with its --baseline; `finedeep inspect` looks at one alone.")
     options.pop("progress", None)
-    if have_nothing_to_do():
+    if not is_needed():
         return None
     beginning = beginning_of(model)
     results = _score({"model": model}, tasks, **options)
     if not is_first_process():
         return None
-    if options.get("output"):
-        _finish(Path(options["output"]), results)
+    if output := options.get("output"):
+        save_results(results["model"], Path(output))
+        _remove_work(Path(output))
     return Study(results, f"{side_by_side(results)}\n\n{beginning}")
 
 
@@ -92,7 +92,7 @@ def study(
         EvaluationError: the models, tasks, data or options do not fit.
     """
     models = {"dense": baseline, "finedeep": model}
-    if have_nothing_to_do():
+    if not is_needed():
         return None
     beginning = check_same_tokenizer(baseline, model)
     if text:
@@ -101,11 +101,6 @@ def study(
     if not is_first_process():
         return None
     return _conclude(models, results, beginning, text, progress, options)
-
-
-def have_nothing_to_do() -> bool:
-    """Whether this process may leave: without GPUs the harness does not share work out, and each would do all of it."""
-    return not is_first_process() and not torch.accelerator.is_available()
 
 
 def _score(
@@ -137,11 +132,9 @@ def _score(
     return results
 
 
-def _finish(output: Path, results: Mapping[str, Results]) -> None:
-    """Write the harness's results, and remove what a stopped run would have needed."""
-    for found in results.values():
-        save_results(found, output)
-    gone = output / f"{UNFINISHED}.gone"  # in one step: half of it would be taken for a run to go on with
+def _remove_work(output: Path) -> None:
+    """In one step: half of it would be taken for a run to go on with."""
+    gone = output / f"{UNFINISHED}.gone"
     (output / UNFINISHED).rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
 
@@ -266,7 +259,8 @@ def _conclude(
             lambda: cost.costs_of(models, **how),
             cost.table_of,
         )
-        _finish(output, results)
+        for found in results.values():
+            save_results(found, output)
     for name, (line, look, table) in looks.items():
         if options.get("model_args"):  # which these do not know of
             parts.append(f"{name}: not measured with --set")
@@ -283,4 +277,5 @@ def _conclude(
         write_whole(output / COMPARISON, json.dumps(comparison, indent=1, default=str))
         write_whole(output / "comparison.md", f"{markdown}\n")
         write_report(output, comparison, rows)
+        _remove_work(output)
     return Study(results, markdown, comparison)
