@@ -10,6 +10,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +125,11 @@ def evaluate(
         folder = Path(work or stack.enter_context(tempfile.TemporaryDirectory(prefix="finedeep-eval-")))
         kept = KeptAnswers(folder, list(wanted.leaves), lm.rank, lm.world_size)
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # where the harness shows its progress
-        stack.enter_context(_without("get_git_commit_hash"))
+        stack.enter_context(_quick_side_jobs())
         results: Results = {}
         for i, (name, task) in enumerate(wanted.leaves.items(), start=1):
-            side_jobs = () if wanted.at_once else ("add_env_info",)
             rough = {} if wanted.at_once else {"bootstrap_iters": ROUGH_BOOTSTRAP}
-            with _errors_of(model, [name]), _without(*side_jobs):
+            with _errors_of(model, [name]):
                 results = _simple_evaluate(lm_eval, lm, [task], {**how, **rough, "use_cache": kept.cache(name)}, say)
             if results:
                 _check_answers(results, name, model)
@@ -246,16 +246,27 @@ def _check_logits(lm: Any, model: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def _without(*names: str) -> Iterator[None]:
-    """Keep the harness from side jobs: asking git, which complains where there is no repository, listing packages."""
+def _quick_side_jobs() -> Iterator[None]:
+    """Keep the harness from asking git, which complains without a repository, and from listing packages again."""
     from lm_eval import evaluator
 
-    usual = {name: getattr(evaluator, name) for name in names}
-    vars(evaluator).update(dict.fromkeys(names, lambda *arguments: None))
+    quick = {"get_git_commit_hash": lambda: None, "add_env_info": lambda results: results.update(_environment())}
+    usual = {name: getattr(evaluator, name) for name in quick}
+    vars(evaluator).update(quick)
     try:
         yield
     finally:
         vars(evaluator).update(usual)
+
+
+@cache
+def _environment() -> dict[str, Any]:
+    """What the harness tells of the machine; finding it out takes seconds."""
+    from lm_eval.loggers.utils import add_env_info
+
+    found: dict[str, Any] = {}
+    add_env_info(found)
+    return found
 
 
 # What of the harness's complaints the user can do something about.
