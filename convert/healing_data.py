@@ -8,11 +8,12 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from .calibration_text import SELF, check_vocabulary, read_tokens, sampled_windows, tokenizer_in
+from .calibration_text import SELF, check_vocabulary, read_tokens, sampled_windows, tokenizer_in, window_of
 from .errors import ConversionError
 
 COLUMN = "text"
 AT_ONCE = 64  # documents that are tokenised at a time
+WINDOWS_OF_A_TEXT = 4  # that is sampled, at most: a longer one takes longer for each of its tokens
 
 
 def healing_windows(
@@ -25,7 +26,7 @@ def healing_windows(
     seed: int,
     progress: bool,
 ) -> torch.Tensor:
-    """(windows, context) token ids, up to `tokens` of them, in random order.
+    """(windows, context) token ids, up to `tokens` of them, in an order whose beginning can be held out.
 
     Args:
         data: 'self', a text file, or a dataset as `datasets.load_dataset` takes it, with a column `text`;
@@ -42,7 +43,9 @@ def healing_windows(
         ConversionError: the data cannot be read.
     """
     if data == SELF:
-        return sampled_windows(teacher, tokens, seed, progress, context)
+        # Cut from longer texts: short windows would otherwise be beginnings of texts, all of them.
+        length = min(WINDOWS_OF_A_TEXT, max(1, window_of(teacher.config) // context)) * context
+        return sampled_windows(teacher, tokens, seed, progress, length).view(-1, context)
     if Path(data).is_file():
         ids = read_tokens(folder, Path(data), vocabulary, tokens)
     else:

@@ -12,6 +12,7 @@ import torch
 from conftest import make_dense
 from finedeep import FinedeepForCausalLM
 from finedeep.convert import ConversionError, convert_checkpoint
+from finedeep.convert.calibration_text import sampled_windows
 from finedeep.convert.healing import HEALING, HealingOptions, HealingTrainer, heal
 from finedeep.convert.healing_data import healing_windows
 from finedeep.convert.receipt import RECEIPT
@@ -57,13 +58,13 @@ def test_the_loss_is_the_mix_that_it_says(tmp_path, dense, cut, divergence):
 
 def test_healing_brings_the_model_nearer(tmp_path, dense, cut, capsys):
     out = tmp_path / "healed"
-    arguments = ["heal", str(cut), str(out), "--teacher", str(dense), "--context", "32", "--steps", "60"]
+    arguments = ["heal", str(cut), str(out), "--teacher", str(dense), "--context", "32", "--steps", "100"]
     assert main([*arguments, "--tokens", "16384", "--learning-rate", "0.01"]) == 0
     assert "KL from the teacher" in capsys.readouterr().out
     receipt = json.loads((out / HEALING).read_text())
     before, after = (receipt["held_out_nats_per_token"][when]["divergence"] for when in ("before", "after"))
     assert after < 0.7 * before
-    assert receipt["tokens_seen"] == 60 * 16 * 32
+    assert receipt["tokens_seen"] == 100 * 16 * 32
     assert [path.name for path in tmp_path.iterdir()] == ["healed"]
     names = {path.name for path in cut.iterdir()} | {HEALING}
     assert {path.name for path in out.iterdir()} == names
@@ -191,6 +192,16 @@ def test_a_datasets_documents_are_packed(tmp_path, dense):
     (folder / "train.jsonl").write_text(json.dumps({"words": "a", "n": 1}) + "\n")
     with pytest.raises(ConversionError, match="has columns words, n; one called 'text' is wanted"):
         healing_windows(str(folder), dense, 260, 16, 256, None, 0, False)
+
+
+@pytest.mark.parametrize(("context", "length"), [(16, 64), (32, 128), (48, 96), (128, 128)])
+def test_short_windows_are_cut_from_longer_sampled_texts(dense, context, length):
+    """So that most of them begin in the middle of one, as most windows of a real text do."""
+    teacher = LlamaForCausalLM.from_pretrained(dense)
+    windows = healing_windows("self", dense, 260, context, 1024, teacher, 3, False)
+    texts = sampled_windows(teacher, 1024, 3, False, length)
+    assert windows.shape[1] == context
+    assert torch.equal(windows.view(texts.shape), texts)
 
 
 def test_a_texts_windows_are_its_own(tmp_path, dense):
