@@ -182,14 +182,15 @@ def options_of(command: str) -> str:
 
 def groups_of(lines: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """Lines that differ in their seeds only, and what they have in common; the quickest first."""
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
+    names = ("model", "shape", "source", "rung", "threads")
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for line in lines:
-        groups[line["model"], line["shape"], line["source"], line["rung"], options_of(line["command"])].append(line)
+        groups[(*(line[name] for name in names), options_of(line["command"]))].append(line)
     means = []
     for key, found in groups.items():
-        mean = {name: statistics.mean(line[name] for line in found) for name in ("loss", "dense", "cut")}
+        mean = {value: statistics.mean(line[value] for line in found) for value in ("loss", "dense", "cut")}
         mean["seconds"] = statistics.median(line["seconds"] for line in found)
-        common = dict(zip(("model", "shape", "source", "rung", "options"), key, strict=True))
+        common = dict(zip((*names, "options"), key, strict=True))
         means.append((common | mean, found))
     yield from sorted(means, key=lambda item: (*(item[0][name] for name in ("model", "shape")), item[0]["seconds"]))
 
@@ -201,7 +202,8 @@ def share(line: dict[str, Any]) -> float:
 
 def table_of(lines: list[dict[str, Any]]) -> str:
     """Everything that was measured: means over seeds, with the lowest and the highest share, and median seconds."""
-    head = ["model", "M x K", "text", "rung", "options", "loss", "over dense", "of the gap closed", "seconds", "seeds"]
+    head = ["model", "M x K", "text", "rung", "options", "loss", "over dense", "of the gap closed"]
+    head += ["seconds", "cores", "seeds"]
     rows, seen = [], set()
     for mean, found in groups_of(lines):
         place = (mean["model"], mean["shape"])
@@ -209,7 +211,7 @@ def table_of(lines: list[dict[str, Any]]) -> str:
             seen.add(place)
             for name, gap in (("dense", ""), ("cut", "0 %")):
                 over = f"{mean[name] - mean['dense']:+.4f}"
-                rows.append([*place, "", name, "", f"{mean[name]:.4f}", over, gap, "", ""])
+                rows.append([*place, "", name, "", f"{mean[name]:.4f}", over, gap, "", "", ""])
         shares = [share(line) for line in found]
         rows.append(
             [
@@ -221,6 +223,7 @@ def table_of(lines: list[dict[str, Any]]) -> str:
                 f"{mean['loss'] - mean['dense']:+.4f}",
                 f"{statistics.mean(shares):.1%} ({min(shares):.1%} to {max(shares):.1%})",
                 f"{mean['seconds']:.0f}",
+                str(mean["threads"]),
                 str(len(found)),
             ]
         )
@@ -228,15 +231,19 @@ def table_of(lines: list[dict[str, Any]]) -> str:
 
 
 def summary_of(lines: list[dict[str, Any]]) -> str:
-    """For the README: of each model and shape the dense loss, the cut's, and each rung's on sampled text."""
+    """For the README: of each model and shape the dense loss, the cut's, and each rung's on sampled text.
+
+    Of a rung that was measured with several options, those with the most seeds, and of these with the lowest loss.
+    """
     head = ["model", "M x K", "dense", "cut", *(rung for rung in RUNGS if rung in {line["rung"] for line in lines})]
     rows: dict[tuple[str, str], dict[str, str]] = {}
-    for mean, found in groups_of([line for line in lines if line["source"] == "self"]):
+    groups = groups_of([line for line in lines if line["source"] == "self"])
+    for mean, found in sorted(groups, key=lambda group: (len(group[1]), -group[0]["loss"])):
         row = rows.setdefault((mean["model"], mean["shape"]), {})
         row |= {name: f"{mean[name]:.3f}" for name in ("dense", "cut")}
         closed = statistics.mean(share(line) for line in found)
-        row[mean["rung"]] = f"{mean['loss']:.3f} ({closed:.0%}, {mean['seconds'] / 60:.1f} min)"
-    return markdown(head, [[*key, *(row.get(name, "") for name in head[2:])] for key, row in rows.items()], 2)
+        row[mean["rung"]] = f"{mean['loss']:.3f} ({closed:.0%}, {mean['seconds'] / 60:.1f} min on {mean['threads']})"
+    return markdown(head, [[*key, *(row.get(name, "") for name in head[2:])] for key, row in sorted(rows.items())], 2)
 
 
 if __name__ == "__main__":

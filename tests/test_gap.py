@@ -20,6 +20,7 @@ def line(**changes):
         "dense": 1.0,
         "cut": 2.0,
         "seconds": 60.0,
+        "threads": 2,
     }
     command = "finedeep heal BEFORE OUT --teacher DENSE --data DATA --steps 7 --seed 0"
     return {**common, "seed": 0, "loss": 1.1, "command": command, **changes}
@@ -28,14 +29,23 @@ def line(**changes):
 def test_means_over_seeds_and_shares_of_the_gap():
     lines = [line(seed=seed, loss=loss) for seed, loss in enumerate((1.1, 1.2, 1.3))]
     (row,) = [row for row in gap.table_of(lines).splitlines() if "healed" in row]
-    assert "| 1.2000 | +0.2000 | 80.0% (70.0% to 90.0%) | 60 | 3 |" in row
+    assert "| 1.2000 | +0.2000 | 80.0% (70.0% to 90.0%) | 60 | 2 | 3 |" in row
     assert "`--steps 7`" in row
-    assert "1.200 (80%, 1.0 min)" in gap.summary_of(lines)
+    assert "1.200 (80%, 1.0 min on 2)" in gap.summary_of(lines)
 
 
 def test_what_was_done_otherwise_is_a_row_of_its_own():
-    lines = [line(), line(command=line()["command"].replace("--steps 7", "--steps 70"))]
-    assert sum("healed" in row for row in gap.table_of(lines).splitlines()) == 2
+    lines = [line(), line(command=line()["command"].replace("--steps 7", "--steps 70")), line(threads=1)]
+    assert sum("healed" in row for row in gap.table_of(lines).splitlines()) == 3
+
+
+def test_the_summary_has_what_was_measured_best():
+    """With the most seeds; of these the lowest loss."""
+    other = {name: line()["command"].replace("--steps 7", f"--steps {name}") for name in (70, 700)}
+    lines = [line(seed=seed, loss=loss) for seed, loss in enumerate((1.3, 1.3))]
+    lines += [line(seed=seed, loss=loss, command=other[70]) for seed, loss in enumerate((1.2, 1.2))]
+    lines.append(line(loss=1.1, command=other[700]))
+    assert "1.200 (80%" in gap.summary_of(lines)
 
 
 def test_the_loss_is_that_of_the_whole_text(tmp_path, dense):
