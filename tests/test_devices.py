@@ -129,7 +129,8 @@ def test_scores_and_gates_are_float32(dtype, routing_input, length):
         assert error.max() < 1e-5
 
 
-@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
+# Flex attention compiles a kernel.
+@pytest.mark.parametrize("implementation", ["eager", pytest.param("flex_attention", marks=pytest.mark.slow)])
 def test_attention_implementations_agree(ids, implementation):
     model = random_model(hidden_size=64, head_dim=16)
     padded = torch.ones_like(ids)

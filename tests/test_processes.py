@@ -53,6 +53,7 @@ def test_fully_shard(tmp_path):
     passes(TORCHRUN, "fully_shard.py", save_random(tmp_path))
 
 
+@pytest.mark.slow  # FSDP2 below goes the same way, and further
 def test_accelerate_ddp(tmp_path):
     passes(TORCHRUN, "accelerated.py", save_random(tmp_path), "DDP")
 

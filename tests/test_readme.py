@@ -148,6 +148,7 @@ def test_the_table_of_the_plain_cut_is_what_the_command_prints(data, stories260k
     assert numbers[0] == pytest.approx(numbers[1], abs=2e-4)
 
 
+@pytest.mark.slow
 def test_the_table_of_quantisation_is_what_the_command_prints(data, stories260k):
     pytest.importorskip("torchao")
     pytest.importorskip("bitsandbytes")

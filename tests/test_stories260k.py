@@ -64,7 +64,7 @@ def test_benchmark_questions_score_the_same(tmp_path, data, stories260k, exact):
     for name in names:
         write_task(tmp_path, f"local_{name}", "multiple_choice", data / f"benchmarks/{name}.jsonl")
     dense, finedeep = (
-        scores_of(evaluate(folder, [f"local_{n}" for n in names], include_path=tmp_path, limit=100, batch_size=32))
+        scores_of(evaluate(folder, [f"local_{n}" for n in names], include_path=tmp_path, limit=25, batch_size=32))
         for folder in (stories260k, exact)
     )
     assert len(dense) == 4
