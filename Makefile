@@ -1,5 +1,5 @@
 # make demo   train, convert and score a small model here (about two minutes after the installation)
-# make test   lint and tests (under eight minutes on two cores)
+# make test   lint and tests (about eight minutes on two cores)
 # make test-matrix   the tests in every supported version of transformers (half an hour)
 # make bench   speed and memory beside dense Llama, into benchmarks/ (most of an hour; leave the machine alone)
 # Each makes its own .venv with pinned versions first. PYTHON chooses the interpreter, 3.10 or newer.
