@@ -79,30 +79,35 @@ def test_embeddings_can_be_resized(ids):
 
 SAVE_AND_RELOAD = """
 import json, pathlib, torch, transformers
-source, target, name = sys.argv[1:]
-auto = getattr(transformers, name)
-torch.manual_seed(0)
-model = auto.from_pretrained(source, trust_remote_code=True).eval()
-model.save_pretrained(target)
-again, info = auto.from_pretrained(target, trust_remote_code=True, output_loading_info=True)
+source, place, *names = sys.argv[1:]
 ids = torch.arange(20)[None]
-before, after = model(ids)[0], again.eval()(ids)[0]
-config = json.loads((pathlib.Path(target) / "config.json").read_text())
-answer = {
-    "equal": torch.equal(before, after),
-    "missing": sorted(info["missing_keys"]),
-    "auto_map": config["auto_map"],
-    "code": sorted(p.name for p in pathlib.Path(target).glob("*.py")),
-}
+answer = {}
+for name in names:
+    auto, target = getattr(transformers, name), pathlib.Path(place) / name
+    torch.manual_seed(0)
+    model = auto.from_pretrained(source, trust_remote_code=True).eval()
+    model.save_pretrained(target)
+    again, info = auto.from_pretrained(target, trust_remote_code=True, output_loading_info=True)
+    before, after = model(ids)[0], again.eval()(ids)[0]
+    answer[name] = {
+        "equal": torch.equal(before, after),
+        "missing": sorted(info["missing_keys"]),
+        "auto_map": json.loads((target / "config.json").read_text())["auto_map"],
+        "code": sorted(p.name for p in target.glob("*.py")),
+    }
 """
+TASKS = ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering")
+HEADS = ("AutoModel", *(f"AutoModelFor{task}" for task in TASKS))
 
 
-@pytest.mark.parametrize(
-    "head", ["Model", "ModelForCausalLM", "ModelForSequenceClassification", "ModelForTokenClassification"]
-    + ["ModelForQuestionAnswering"]
-)  # fmt: skip
-def test_every_head_saves_itself_whole(tmp_path, converted, head):
-    found = run_isolated(SAVE_AND_RELOAD, converted, tmp_path / "out", f"Auto{head}")
+@pytest.fixture(scope="module")
+def saved_again(converted, tmp_path_factory):
+    return run_isolated(SAVE_AND_RELOAD, converted, tmp_path_factory.mktemp("heads"), *HEADS)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_every_head_saves_itself_whole(saved_again, head):
+    found = saved_again[head]
     assert found["equal"]
     assert found["missing"] == []
     assert found["code"] == ["configuration_finedeep.py", "modeling_finedeep.py"]

@@ -12,7 +12,8 @@ import yaml
 from conftest import make_dense
 from finedeep.convert import ConversionError, convert_checkpoint
 from finedeep.convert.card import make_card, read_scores
-from hub_server import TOKEN, running_hub
+from finedeep_cli import main
+from hub_server import running_hub
 from isolated import run_isolated
 
 LOAD = """
@@ -149,14 +150,17 @@ def test_a_folder_that_does_not_load_is_not_pushed(tmp_path, finedeep_folder):
 @pytest.mark.parametrize(
     ("name", "words"), [("config.json", ["config.json", "missing"]), ("modeling_finedeep.py", ["lacks its code"])]
 )
-def test_an_incomplete_folder_is_not_pushed(tmp_path, finedeep_folder, name, words):
+def test_an_incomplete_folder_is_not_pushed(tmp_path, capsys, finedeep_folder, name, words):
     folder = shutil.copytree(finedeep_folder, tmp_path / "out")
     (folder / name).unlink()
-    refused(push(folder, {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": TOKEN}), *words)
+    assert main(["push", str(folder), "org/model"]) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words)
 
 
-def test_a_dense_folder_is_not_pushed(finedeep_folder):
-    refused(push(finedeep_folder.parent / "dense", {}), "'llama' model")
+def test_a_dense_folder_is_not_pushed(capsys, finedeep_folder):
+    assert main(["push", str(finedeep_folder.parent / "dense"), "org/model"]) == 2
+    assert "'llama' model" in capsys.readouterr().err
 
 
 def test_the_card_names_a_hub_source_as_its_base_model():
