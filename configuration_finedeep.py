@@ -71,6 +71,8 @@ class FinedeepConfig(LlamaConfig):  # trf-ignore: TRF057
         routed_scaling_factor (`float`, *optional*):
             c, the factor on every gate. Left out, it is the one with which a zero router gives every expert the
             weight exactly 1: 2 for sigmoid, K for softmax.
+        router_initializer_range (`float`, defaults to 1.0):
+            Standard deviation of fresh routers. With 0, a gate starts as the same constant for every token.
         sublayer_output_norm (`bool`, defaults to `False`):
             Whether a second RMSNorm acts on a sub-layer's output before it is added ("sandwich norm").
         attention_output_bias (`bool`, *optional*):
@@ -118,6 +120,7 @@ class FinedeepConfig(LlamaConfig):  # trf-ignore: TRF057
         routing_input: str = "expert_output",
         routing_function: str = "sigmoid",
         routed_scaling_factor: float | None = None,
+        router_initializer_range: float = 1.0,
         sublayer_output_norm: bool = False,
         attention_output_bias: bool | None = None,
         qk_norm: bool = False,
@@ -138,6 +141,7 @@ class FinedeepConfig(LlamaConfig):  # trf-ignore: TRF057
         if routed_scaling_factor is None:
             routed_scaling_factor = NEUTRAL_SCALE[routing_function](num_experts_per_sublayer)
         self.routed_scaling_factor = _positive_float("routed_scaling_factor", routed_scaling_factor)
+        self.router_initializer_range = _deviation("router_initializer_range", router_initializer_range)
         self.sublayer_output_norm = _boolean("sublayer_output_norm", sublayer_output_norm)
         self.output_router_logits = _boolean("output_router_logits", output_router_logits)
         self.qk_norm = _boolean("qk_norm", qk_norm)
@@ -222,6 +226,12 @@ def _positive_float(field: str, value: Any) -> float:
             f"{field}={value!r} is not a finite number above 0; values that work: 2.0 (a zero sigmoid router gives "
             "every expert the weight 1) or 1.0 (gates between 0 and 1)."
         )
+    return float(value)
+
+
+def _deviation(field: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+        raise ValueError(f"{field}={value!r} is not a finite number of at least 0; the nearest that works: 0.0.")
     return float(value)
 
 

@@ -435,7 +435,7 @@ class FinedeepPreTrainedModel(LlamaPreTrainedModel):  # trf-ignore: TRF057
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, FinedeepSublayer):
-            nn.init.zeros_(module.router)
+            nn.init.normal_(module.router, std=self.config.router_initializer_range)
             if module.expert_bias is not None:
                 nn.init.zeros_(module.expert_bias)
         elif isinstance(module, FinedeepOutputNorm):

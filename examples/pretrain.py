@@ -12,10 +12,11 @@ would have had. The trained model is in OUT/model.
 
 import argparse
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 KINDS = {"llama": (LlamaConfig, LlamaForCausalLM), "finedeep": (FinedeepConfig, FinedeepForCausalLM)}
 LINES = 1000  # of the text that are tokenised and packed at a time
+FOR_TOKENIZER = 40  # times as many lines
+LOGGED = re.compile("loss|eval_(.+_)?loss|grad_norm|learning_rate")
 SHUFFLED = 2000  # sequences among which the next one is drawn
 Recipe = dict[str, Any]
 
@@ -68,8 +71,8 @@ def changed(recipe: Recipe, changes: Iterable[str]) -> Recipe:
     return recipe
 
 
-def pretrain(recipe: Recipe, out: Path) -> float:
-    """Train as the recipe says. Returns the last loss on the validation text, in nats per token."""
+def pretrain(recipe: Recipe, out: Path) -> None:
+    """Train as the recipe says. Losses are in nats per token."""
     arguments = TrainingArguments(
         output_dir=str(out),
         eval_strategy="steps",
@@ -87,14 +90,23 @@ def pretrain(recipe: Recipe, out: Path) -> float:
         model=model,
         args=arguments,
         train_dataset=packed(data["train"], tokenizer, data["context"]).shuffle(data["seed"], buffer_size=SHUFFLED),
-        eval_dataset=list(packed(data["validation"], tokenizer, data["context"]).take(data["validation_sequences"])),
+        eval_dataset=validation_of(data, tokenizer),
         callbacks=[Log(out / "log.jsonl", recipe, model)],
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(out) if out.is_dir() else None)
-    loss = trainer.evaluate()["eval_loss"]
+    if trainer.state.global_step % arguments.eval_steps:
+        trainer.evaluate()
     trainer.save_model(out / "model")
     tokenizer.save_pretrained(out / "model")
-    return loss
+
+
+def validation_of(data: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The sequences of the validation text or, where the recipe names several, of each by its name."""
+    if isinstance(data["validation"], dict):
+        return {
+            name: validation_of(data | {"validation": file}, tokenizer) for name, file in data["validation"].items()
+        }
+    return list(packed(data["validation"], tokenizer, data["context"]).take(data["validation_sequences"]))
 
 
 def tokenizer_of(recipe: Recipe, out: Path) -> PreTrainedTokenizerBase:
@@ -105,6 +117,7 @@ def tokenizer_of(recipe: Recipe, out: Path) -> PreTrainedTokenizerBase:
     if not folder.is_dir():
         scratch = out / ".tokenizer.new"
         texts = ("\n".join(batch["text"]) for batch in lines_of(recipe["data"]["train"]).iter(LINES))
+        texts = islice(texts, FOR_TOKENIZER)
         train_tokenizer(texts, recipe["tokenizer"]["vocabulary"]).save_pretrained(scratch)
         shutil.move(scratch, folder)
     return AutoTokenizer.from_pretrained(folder)
@@ -167,6 +180,17 @@ def named(model: PreTrainedModel, name: str) -> Iterator[torch.nn.Parameter]:
     yield from found
 
 
+def without_folders(recipe: Recipe) -> Recipe:
+    """The recipe with the names of its files alone: where they lie says nothing to whoever reads the log."""
+
+    def without(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: without(inner) for name, inner in value.items()}
+        return Path(value).name if isinstance(value, str) else value
+
+    return recipe | {name: without(recipe[name]) for name in ("data", "tokenizer")}
+
+
 class Log(TrainerCallback):
     """Lines of JSON: first what is trained, then losses; after a kill what the last checkpoint does not know is cut."""
 
@@ -174,7 +198,7 @@ class Log(TrainerCallback):
         self.path = path
         self.tokens_a_step = recipe["data"]["context"]
         self.first = {
-            "recipe": recipe,
+            "recipe": without_folders(recipe),
             "parameters": model.num_parameters(),
             "trained": model.num_parameters(only_trainable=True),
             "flops_per_token": flops(model, torch.zeros(1, recipe["data"]["context"], dtype=torch.long))
@@ -198,14 +222,14 @@ class Log(TrainerCallback):
         print(f"{self.first['parameters']:,} parameters, {self.first['flops_per_token']:,.0f} FLOPs per token")
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        losses = {name: logs[name] for name in ("loss", "eval_loss", "grad_norm", "learning_rate") if name in logs}
-        if not state.is_world_process_zero or not {"loss", "eval_loss"} & set(losses):
+        kept = {name: value for name, value in (logs or {}).items() if LOGGED.fullmatch(name)}
+        if not state.is_world_process_zero or not any(name.endswith("loss") for name in kept):
             return
         line = {
             "step": state.global_step,
             "tokens": state.global_step * self.tokens_a_step,
             "seconds": round(time.perf_counter() - self.begin, 1),
-            **losses,
+            **kept,
         }
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

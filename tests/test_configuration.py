@@ -22,6 +22,8 @@ BAD = [
     ({"routed_scaling_factor": math.nan}, ["routed_scaling_factor=nan"]),
     ({"routed_scaling_factor": math.inf}, ["routed_scaling_factor=inf"]),
     ({"routed_scaling_factor": "2"}, ["routed_scaling_factor='2'"]),
+    ({"router_initializer_range": -0.5}, ["router_initializer_range=-0.5", "0.0"]),
+    ({"router_initializer_range": math.nan}, ["router_initializer_range=nan", "0.0"]),
     ({"sublayer_output_norm": "yes"}, ["sublayer_output_norm='yes'", "True, False"]),
 ]
 
@@ -55,6 +57,7 @@ def test_every_field_survives_a_round_trip(tmp_path):
         "routing_input": "hidden_state",
         "routing_function": "softmax",
         "routed_scaling_factor": 1.25,
+        "router_initializer_range": 0.5,
         "sublayer_output_norm": True,
         "hidden_size": 64,
         "intermediate_size": 150,

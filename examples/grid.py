@@ -1,0 +1,121 @@
+"""Train many models on the same text, some at a time, and keep their logs.
+
+    python examples/grid.py examples/grid.yaml OUT --train BOOKS.txt.xz --validation OTHER.txt --processes 2
+
+The grid says which models, of which sizes, with which learning rates and seeds. Each is trained by examples/pretrain.py
+in a process of its own, on one thread, and looked into as `finedeep inspect` does. Its log, SIZE/MODEL/RATE-SEED.jsonl,
+goes to examples/logs when it is whole; one that is there is not made again, so the same command goes on after a kill.
+--only chooses by name, `--only '1m/dense/*'`. examples/results.py makes examples/RESULTS.md of the logs.
+"""
+
+import argparse
+import fnmatch
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import yaml
+from finedeep.eval.inspection import inspect
+from tqdm import tqdm
+
+HERE = Path(__file__).parent
+INSPECTED = 16_384  # tokens of the held-out text
+Changes = dict[str, Any]
+
+
+def main() -> None:
+    """Train what the grid asks for and is not there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("grid", type=Path, help="a YAML file, such as examples/grid.yaml")
+    parser.add_argument("out", type=Path, help="a folder for checkpoints and models")
+    parser.add_argument("--train", type=Path, required=True, help="the text to train on, as examples/mix.py makes it")
+    parser.add_argument("--held-out", type=Path, required=True, help="what mix.py held out, to measure on")
+    parser.add_argument("--author", type=Path, required=True, help="a text by somebody else, to measure on too")
+    parser.add_argument("--logs", type=Path, default=HERE / "logs", help="a folder for logs (default: %(default)s)")
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="names to choose, with wildcards")
+    parser.add_argument("--processes", type=int, default=1, help="how many to train at a time (default: 1)")
+    parser.add_argument("--list", action="store_true", help="only say what there is to train")
+    arguments = parser.parse_args()
+    grid = yaml.safe_load(arguments.grid.read_text(encoding="utf-8"))
+    wanted = [(name, changes) for name, changes in runs_of(grid) if fnmatch.fnmatch(name, arguments.only)]
+    missing = [(name, changes) for name, changes in wanted if not (arguments.logs / f"{name}.jsonl").exists()]
+    if arguments.list:
+        print("\n".join(name for name, _ in missing))
+        return
+    measured = {"held_out": str(arguments.held_out.resolve()), "author": str(arguments.author.resolve())}
+    texts = {"data.train": str(arguments.train.resolve()), "data.validation": measured}
+    recipe = arguments.grid.parent / grid["recipe"]
+
+    def train(run: tuple[str, Changes]) -> None:
+        name, changes = run
+        log = arguments.logs / f"{name}.jsonl"
+        pretrain(recipe, arguments.out / name, texts | changes)
+        found = inspect(arguments.out / name / "model", arguments.held_out, tokens=INSPECTED, progress=False)
+        lines = (arguments.out / name / "log.jsonl").read_text(encoding="utf-8")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        part = log.with_suffix(".part")
+        part.write_text(lines + json.dumps(kept_of(found)) + "\n", encoding="utf-8")
+        part.replace(log)
+        bar.set_postfix_str(name)
+        bar.update()
+
+    with tqdm(total=len(missing), unit="run") as bar, ThreadPoolExecutor(arguments.processes) as pool:
+        for done in [pool.submit(train, run) for run in missing]:
+            done.result()
+
+
+def runs_of(grid: dict[str, Any]) -> Iterator[tuple[str, Changes]]:
+    """Each run's name and the fields of the recipe that it sets."""
+    seen = set()
+    for group in grid["runs"]:
+        for model, rate, seed in itertools.product(group["models"], group["learning_rates"], group.get("seeds", [0])):
+            changes = dict(grid["models"][model])
+            kind = changes.setdefault("model", "finedeep")
+            # what a model sets itself comes last
+            changes = grid["sizes"][group["size"]][kind] | changes
+            changes |= {"training.learning_rate": rate, "training.seed": seed}
+            name = f"{group['size']}/{slug(model)}/{rate:g}-{seed}"
+            if name not in seen:
+                yield name, changes
+            seen.add(name)
+
+
+def slug(name: str) -> str:
+    """A model's name as that of a folder."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def pretrain(recipe: Path, out: Path, changes: Changes) -> None:
+    """Train in a process of its own. Raises RuntimeError with the end of what it said."""
+    words = [str(recipe), str(out), *(f"--set={name}={json.dumps(value)}" for name, value in changes.items())]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, str(HERE / "pretrain.py"), *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{out}: {done.stderr[-3000:]}")
+
+
+def kept_of(found: dict[str, Any]) -> dict[str, Any]:
+    """Of what `inspect` returns what a small log holds: NSAR and histogram, and by sub-layer what the gates do."""
+    gates = [place["gates"] for place in found["places"] if "gates" in place]
+    names = ("mean", "std", "never_matters")
+    rounded = [{name: rounded_of(gate[name]) for name in names} for gate in gates]
+    return {"inspected_tokens": found["predicted_tokens"], "nsar": found["nsar"], "histogram": found["histogram"]} | (
+        {"gates": rounded} if gates else {}
+    )
+
+
+def rounded_of(value: Any) -> Any:
+    """Numbers with four decimals, in lists too."""
+    return [round(x, 4) for x in value] if isinstance(value, list) else value
+
+
+if __name__ == "__main__":
+    main()
