@@ -6,6 +6,7 @@ A log is SIZE/MODEL/RATE-SEED.jsonl, as examples/grid.py names it. Of each model
 has the lowest loss on held-out text, of the seeds that all its rates have.
 """
 
+import itertools
 import json
 import math
 import statistics
@@ -18,12 +19,18 @@ from typing import Any
 import yaml
 from finedeep.benchmarks.readme import put_into_readme
 from finedeep.eval.inspection import TAU
+from finedeep.eval.plots import STYLE
 from finedeep.eval.table import aligned_markdown
+from grid import slug
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
 LOGS, PAGE, CURVES, GRID = HERE / "logs", HERE / "RESULTS.md", HERE / "curves.svg", HERE / "grid.yaml"
+STYLES = ("-", "--", ":", "-.")
 COUNTS = "held_out"  # the text on whose loss a learning rate is chosen
-TEXTS = {"held_out": "held-out text", "author": "another author"}
+LOSSES = {"held_out": "eval_held_out_loss", "author": "eval_author_loss", "train": "loss"}
 
 
 @dataclass
@@ -33,7 +40,7 @@ class Run:
     size: str
     model: str
     first: dict[str, Any]
-    losses: dict[str, dict[int, float]]  # of each validation text, by tokens
+    losses: dict[str, dict[int, float]]  # by tokens, of each validation text and, as "train", of what came since
     nsar: float
 
     @property
@@ -61,20 +68,19 @@ class Group:
     runs: dict[int, Run]
 
     @property
-    def first(self) -> dict[str, Any]:
-        """What is the same for all seeds."""
-        return next(iter(self.runs.values())).first
-
-    def mean(self, text: str = COUNTS) -> float:
-        """Of the losses over the seeds."""
-        return statistics.mean(run.loss(text) for run in self.runs.values())
+    def first_run(self) -> Run:
+        """That of the first seed."""
+        return next(iter(self.runs.values()))
 
 
 def main() -> None:
-    """Read all logs, write all tables."""
+    """Read all logs, write all tables and the curves."""
     groups = groups_of(read(path) for path in sorted(LOGS.glob("*/*/*.jsonl")))
-    for mark, table in tables_of(groups, yaml.safe_load(GRID.read_text(encoding="utf-8"))["tables"]).items():
+    grid = yaml.safe_load(GRID.read_text(encoding="utf-8"))
+    for mark, table in tables_of(groups, grid["tables"]).items():
         put_into_readme(mark, table, PAGE)
+    with rc_context(STYLE):
+        curves(groups, grid["curves"]).savefig(CURVES, metadata={"Date": None})
 
 
 def read(path: Path) -> Run:
@@ -82,8 +88,8 @@ def read(path: Path) -> Run:
     first, *rest = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     losses: dict[str, dict[int, float]] = defaultdict(dict)
     for line in rest:
-        for text in TEXTS:
-            if (name := f"eval_{text}_loss") in line:
+        for text, name in LOSSES.items():
+            if name in line:
                 losses[text][line["tokens"]] = line[name]
     return Run(*path.parts[-3:-1], first, dict(losses), rest[-1]["nsar"][TAU])
 
@@ -105,19 +111,17 @@ def groups_of(runs: Iterable[Run]) -> dict[tuple[str, str], Group]:
 
 def tables_of(groups: dict[tuple[str, str], Group], wanted: dict[str, Any]) -> dict[str, str]:
     """By mark: of each size the models in the order wanted, the first of them what the others are compared with."""
-    return {
-        mark: aligned_markdown(
-            list(COLUMNS),
-            [
-                [column(groups[size, model], groups[size, table["models"][0]]) for column in COLUMNS.values()]
-                for size in table["sizes"]
-                for model in table["models"]
-                if (size, model) in groups
-            ],
-            2,
-        )
-        for mark, table in wanted.items()
-    }
+    tables = {}
+    for mark, table in wanted.items():
+        first, *_ = names = {slug(model): model for model in table["models"]}
+        rows = [
+            [size, names[model], *(column(groups[size, model], groups[size, first]) for column in COLUMNS.values())]
+            for size in table["sizes"]
+            for model in names
+            if (size, model) in groups
+        ]
+        tables[mark] = aligned_markdown(["size", "model", *COLUMNS], rows, 2)
+    return tables
 
 
 def with_share(value: float, base: float) -> str:
@@ -152,11 +156,37 @@ def rates_of(group: Group) -> str:
     return f"{best:g}" + (f" ({others})" if others else "")
 
 
+def curves(groups: dict[tuple[str, str], Group], wanted: dict[str, Any]) -> Figure:
+    """How far the losses of the models are over the first one's, of the same seed, while they train.
+
+    Of the text trained on: it goes by once, so that no model has seen what its loss is measured on.
+    """
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.axhline(0, color="#767676", linewidth=1)
+    first, *others = wanted["models"]
+    for (size, model), style in zip(itertools.product(wanted["sizes"], others), STYLES, strict=False):
+        base, group = (groups[size, slug(name)] for name in (first, model))
+        seeds = base.runs.keys() & group.runs.keys()
+        tokens = sorted(group.first_run.losses["train"])
+        over = [
+            statistics.mean(group.runs[s].losses["train"][t] - base.runs[s].losses["train"][t] for s in seeds)
+            for t in tokens
+        ]
+        axes.plot([t / 1e6 for t in tokens], over, style, label=f"{model}, {size}")
+    axes.set(xlabel="million tokens", ylabel=f"nats over {first}", ylim=(-0.05, 0.15))
+    axes.legend(frameon=False)
+    return figure
+
+
 COLUMNS = {
-    "size": lambda group, base: group.size,
-    "model": lambda group, base: group.model,
-    "parameters": lambda group, base: with_share(group.first["parameters"], base.first["parameters"]),
-    "FLOPs per token": lambda group, base: with_share(group.first["flops_per_token"], base.first["flops_per_token"]),
+    "parameters": lambda group, base: with_share(
+        group.first_run.first["parameters"], base.first_run.first["parameters"]
+    ),
+    "FLOPs per token": lambda group, base: with_share(
+        group.first_run.first["flops_per_token"], base.first_run.first["flops_per_token"]
+    ),
     "learning rate (others: loss)": lambda group, base: rates_of(group),
     "seeds": lambda group, base: str(len(group.runs)),
     "loss": lambda group, base: with_spread([run.loss() for run in group.runs.values()]),

@@ -81,7 +81,7 @@ def test_meta_device_then_memory_not_yet_set():
     for module in model.modules():
         model._init_weights(module)
     sublayer = model.model.layers[0].sublayers[0]
-    assert sublayer.router.eq(0).all()
+    assert 0.5 < sublayer.router.std() < 1.5
     assert sublayer.output_norm.weight.eq(0.1).all()
     assert model(torch.arange(10)[None]).logits.isfinite().all()
 

@@ -5,15 +5,21 @@ import math
 import random
 import statistics
 import sys
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from finedeep.demo.world import World
+from finedeep.eval.cost import flops
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 sys.path.insert(0, str(EXAMPLES))
+import grid  # noqa: E402
 import mix  # noqa: E402
+import pretrain  # noqa: E402
 import results  # noqa: E402
 
 
@@ -102,3 +108,105 @@ def test_rates_without_a_common_seed_cannot_be_compared(tmp_path):
         (tmp_path / name).write_text(text)
     with pytest.raises(SystemExit, match="no seed in common"):
         results.groups_of(results.read(path) for path in sorted(tmp_path.glob("*/*/*.jsonl")))
+
+
+@pytest.fixture(scope="module")
+def whole_grid():
+    return yaml.safe_load((EXAMPLES / "grid.yaml").read_text())
+
+
+class Words:
+    """Of a tokenizer what a model's config is made of."""
+
+    bos_token_id, eos_token_id, pad_token_id = 0, 1, 1
+
+    def __len__(self):
+        return 1024
+
+
+def built(whole_grid, changes):
+    recipe = yaml.safe_load((EXAMPLES / whole_grid["recipe"]).read_text())
+    sets = [f"{name}={json.dumps(value)}" for name, value in changes.items()]
+    return pretrain.model_of(pretrain.changed(recipe, sets), Words())
+
+
+def test_models_that_are_compared_are_of_one_size(whole_grid):
+    """Parameters within 0.5 %, FLOPs within 1 %, but for what is said here: more norms, more layers' attention."""
+    more_parameters = {"m-4-k-4": 0.006, "m-2-k-8-sandwich-norm": 0.006, "m-8-k-2": 0.009, "m-16-k-1": 0.015}
+    sizes, ids = {}, torch.zeros(1, 128, dtype=torch.long)
+    for name, changes in grid.runs_of(whole_grid):
+        place = name.rsplit("/", 1)[0]
+        if place not in sizes:
+            model = built(whole_grid, changes)
+            sizes[place] = (model.num_parameters(), flops(model, ids))
+    for place, (parameters, operations) in sizes.items():
+        size, model = place.split("/")
+        base = sizes[f"{size}/dense"]
+        assert parameters / base[0] == pytest.approx(1, abs=more_parameters.get(model, 0.005)), place
+        assert operations / base[1] == pytest.approx(1, abs=0.09 if model == "dense-more-layers" else 0.01), place
+
+
+def test_every_model_in_a_table_is_trained(whole_grid):
+    trained = {name.split("/")[1] for name, _ in grid.runs_of(whole_grid)}
+    named = [model for table in [*whole_grid["tables"].values(), whole_grid["curves"]] for model in table["models"]]
+    assert {grid.slug(model) for model in named} <= trained
+    assert set(whole_grid["models"]) >= set(named)
+
+
+def test_every_run_has_a_name_of_its_own(whole_grid):
+    names = [name for name, _ in grid.runs_of(whole_grid)]
+    assert len(names) == len(set(names)) > 20
+    assert len({grid.slug(model) for model in whole_grid["models"]}) == len(whole_grid["models"])
+
+
+def test_the_page_is_that_of_the_committed_logs(monkeypatch, tmp_path):
+    """All tables, and the curves, byte for byte."""
+    page, drawn = tmp_path / "RESULTS.md", tmp_path / "curves.svg"
+    page.write_text(results.PAGE.read_text())
+    monkeypatch.setattr(results, "PAGE", page)
+    monkeypatch.setattr(results, "CURVES", drawn)
+    results.main()
+    assert page.read_text() == (EXAMPLES / "RESULTS.md").read_text()
+    assert drawn.read_bytes() == (EXAMPLES / "curves.svg").read_bytes()
+
+
+def test_the_logs_are_of_the_grid_and_name_no_folder(whole_grid):
+    names = {f"{name}.jsonl" for name, _ in grid.runs_of(whole_grid)}
+    found = {str(path.relative_to(results.LOGS)): path for path in results.LOGS.glob("*/*/*.jsonl")}
+    assert found.keys() == names
+    for path in found.values():
+        recipe = json.loads(path.read_text().splitlines()[0])["recipe"]
+        assert "/" not in json.dumps([recipe["data"], recipe["tokenizer"]])
+
+
+@pytest.mark.slow  # a process for each run
+def test_a_grid_trains_what_is_missing(monkeypatch, tmp_path):
+    texts = "\n".join(islice(World.from_seed(0).texts(0), 1500))
+    for name, text in (("train", texts), ("held_out", texts[-20000:]), ("author", texts[:20000])):
+        (tmp_path / f"{name}.txt").write_text(text)
+    small = yaml.safe_load((EXAMPLES / "recipes/books-300k.yaml").read_text())
+    small["tokenizer"]["vocabulary"] = 300
+    small["data"] |= {"context": 32, "validation_sequences": 16}
+    small["training"] |= {"max_steps": 20, "logging_steps": 10, "eval_steps": 10, "warmup_steps": 2}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
+    asked = {
+        "recipe": "small.yaml",
+        "sizes": {"tiny": {"llama": {"sizes.intermediate_size": 68}, "finedeep": {"sizes.intermediate_size": 64}}},
+        "models": {"dense": {"model": "llama"}, "M=2 K=8": {}},
+        "runs": [{"size": "tiny", "models": ["dense", "M=2 K=8"], "learning_rates": [0.004]}],
+    }
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(asked))
+    words = [tmp_path / "grid.yaml", tmp_path / "out", "--logs", tmp_path / "logs", "--processes", "2"]
+    for name in ("train", "held_out", "author"):
+        words += [f"--{name.replace('_', '-')}", tmp_path / f"{name}.txt"]
+    run(monkeypatch, grid, *words)
+    logs = {path: path.stat().st_mtime_ns for path in (tmp_path / "logs").rglob("*.jsonl")}
+    groups = results.groups_of(map(results.read, logs))
+    assert groups.keys() == {("tiny", "dense"), ("tiny", "m-2-k-8")}
+    for group in groups.values():
+        losses = group.first_run.losses
+        assert losses["train"].keys() == losses["held_out"].keys() == {10 * 16 * 32, 20 * 16 * 32}
+        assert losses["held_out"][20 * 16 * 32] < losses["held_out"][10 * 16 * 32] < math.log(300)
+        assert 0 < group.first_run.nsar < 1
+    run(monkeypatch, grid, *words)  # nothing is missing: nothing is made again
+    assert {path: path.stat().st_mtime_ns for path in logs} == logs
