@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ def main() -> None:
     arguments = parser.parse_args()
     grid = yaml.safe_load(arguments.grid.read_text(encoding="utf-8"))
     wanted = [(name, changes) for name, changes in runs_of(grid) if fnmatch.fnmatch(name, arguments.only)]
+    if not wanted:
+        parser.error(f"no run of {arguments.grid} has a name like {arguments.only!r}; names are SIZE/MODEL/RATE-SEED.")
     missing = [(name, changes) for name, changes in wanted if not (arguments.logs / f"{name}.jsonl").exists()]
     if arguments.list:
         print("\n".join(name for name, _ in missing))
@@ -67,8 +69,12 @@ def main() -> None:
         bar.update()
 
     with tqdm(total=len(missing), unit="run") as bar, ThreadPoolExecutor(arguments.processes) as pool:
-        for done in [pool.submit(train, run) for run in missing]:
-            done.result()
+        try:
+            for done in as_completed([pool.submit(train, run) for run in missing]):
+                done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # those not begun; what others have trained so far is kept
+            raise
 
 
 def runs_of(grid: dict[str, Any]) -> Iterator[tuple[str, Changes]]:

@@ -86,7 +86,8 @@ def pretrain(recipe: Recipe, out: Path) -> None:
         tokenizer = tokenizer_of(recipe, out)
     model = model_of(recipe, tokenizer)
     data = recipe["data"]
-    trainer = Trainer(
+    trainer = RatedTrainer(
+        recipe["rates"],
         model=model,
         args=arguments,
         train_dataset=packed(data["train"], tokenizer, data["context"]).shuffle(data["seed"], buffer_size=SHUFFLED),
@@ -189,6 +190,28 @@ def without_folders(recipe: Recipe) -> Recipe:
         return Path(value).name if isinstance(value, str) else value
 
     return recipe | {name: without(recipe[name]) for name in ("data", "tokenizer")}
+
+
+class RatedTrainer(Trainer):
+    """A Trainer with other learning rates for some parameters: by their last names, factors on the rate of the rest."""
+
+    def __init__(self, rates: dict[str, float], **arguments: Any):
+        super().__init__(**arguments)
+        self.rates = rates
+
+    def create_optimizer(self, model: PreTrainedModel | None = None) -> torch.optim.Optimizer:
+        """Transformers' own, with more groups."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        for name, factor in self.rates.items():
+            own = {id(parameter) for parameter in named(self.model if model is None else model, name)}
+            for group in list(optimizer.param_groups):
+                moved = [parameter for parameter in group["params"] if id(parameter) in own]
+                if moved:
+                    group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+                    optimizer.add_param_group({**group, "params": moved, "lr": group["lr"] * factor})
+        return optimizer
 
 
 class Log(TrainerCallback):

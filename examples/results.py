@@ -1,4 +1,4 @@
-"""Make the tables and curves of examples/RESULTS.md of the logs in examples/logs.
+"""Make the tables and curves of examples/RESULTS.md, and what the README says of them, of the logs in examples/logs.
 
     python examples/results.py
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from finedeep.benchmarks.readme import put_into_readme
+from finedeep.benchmarks.readme import README, put_into_readme
 from finedeep.eval.inspection import TAU
 from finedeep.eval.plots import STYLE
 from finedeep.eval.table import aligned_markdown
@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
 LOGS, PAGE, CURVES, GRID = HERE / "logs", HERE / "RESULTS.md", HERE / "curves.svg", HERE / "grid.yaml"
+TASKS = LOGS / "local_tasks.json"  # the comparison.json of `finedeep eval`, without times
 STYLES = ("-", "--", ":", "-.")
 COUNTS = "held_out"  # the text on whose loss a learning rate is chosen
 LOSSES = {"held_out": "eval_held_out_loss", "author": "eval_author_loss", "train": "loss"}
@@ -72,6 +73,15 @@ class Group:
         """That of the first seed."""
         return next(iter(self.runs.values()))
 
+    @property
+    def nsar(self) -> float:
+        """The mean over the seeds."""
+        return statistics.mean(run.nsar for run in self.runs.values())
+
+    def mean(self) -> float:
+        """Of the losses that count, over the seeds."""
+        return statistics.mean(run.loss() for run in self.runs.values())
+
 
 def main() -> None:
     """Read all logs, write all tables and the curves."""
@@ -79,6 +89,8 @@ def main() -> None:
     grid = yaml.safe_load(GRID.read_text(encoding="utf-8"))
     for mark, table in tables_of(groups, grid["tables"]).items():
         put_into_readme(mark, table, PAGE)
+    put_into_readme("tasks", tasks_of(json.loads(TASKS.read_text(encoding="utf-8"))), PAGE)
+    put_into_readme("claim", claim_of(groups, grid["claim"]), README)
     with rc_context(STYLE):
         curves(groups, grid["curves"]).savefig(CURVES, metadata={"Date": None})
 
@@ -180,6 +192,35 @@ def curves(groups: dict[tuple[str, str], Group], wanted: dict[str, Any]) -> Figu
     return figure
 
 
+def tasks_of(comparison: dict[str, Any]) -> str:
+    """Each task's main metric, as `finedeep eval --baseline` has compared it, and its verdict."""
+    rows = []
+    for row in comparison["tasks"]:
+        if row["main"] and not row["is_group"]:
+            both = [f"{row[model]['value']:.3f} ± {row[model]['stderr']:.3f}" for model in ("baseline", "model")]
+            d = row["difference"]
+            interval = f"{d['difference']:+.3f} ({d['low']:+.3f} to {d['high']:+.3f})"
+            rows.append([row["task"], row["metric"], str(d["samples"]), *both, interval, row["verdict"]])
+    head = ["task", "metric", "questions", "dense", "M=2 K=8", "difference (95 % interval)", "verdict"]
+    return aligned_markdown(head, rows, 2)
+
+
+def claim_of(groups: dict[tuple[str, str], Group], wanted: dict[str, Any]) -> str:
+    """Finedeep beside the best dense model of each size, in words."""
+    parts = []
+    for size in wanted["sizes"]:
+        dense = [groups[place] for name in wanted["dense"] if (place := (size, slug(name))) in groups]
+        best, ours = min(dense, key=Group.mean), groups[size, slug(wanted["model"])]
+        over, run = ours.mean() - best.mean(), ours.first_run
+        parts.append(
+            f"{100 * abs(math.expm1(over)):.1f} % {'below' if over < 0 else 'above'} that of the best dense model with "
+            f"{run.first['parameters'] / 1e6:.1f} million parameters and {max(run.losses[COUNTS]) / 1e6:.1f} million "
+            f"tokens (loss {ours.mean():.3f} against {best.mean():.3f}, NSAR {100 * ours.nsar:.0f} % against "
+            f"{100 * best.nsar:.0f} %; seeds: {len(ours.runs)} and {len(best.runs)})"
+        )
+    return f"The perplexity of {wanted['model']} on held-out text is " + "; ".join(parts) + "."
+
+
 COLUMNS = {
     "parameters": lambda group, base: with_share(
         group.first_run.first["parameters"], base.first_run.first["parameters"]
@@ -193,7 +234,7 @@ COLUMNS = {
     "perplexity": lambda group, base: perplexity_over(group, base, "held_out"),
     "loss, other author": lambda group, base: with_spread([run.loss("author") for run in group.runs.values()]),
     "perplexity, other author": lambda group, base: perplexity_over(group, base, "author"),
-    "NSAR": lambda group, base: f"{100 * statistics.mean(run.nsar for run in group.runs.values()):.1f} %",
+    "NSAR": lambda group, base: f"{100 * group.nsar:.1f} %",
 }
 
 

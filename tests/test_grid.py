@@ -102,6 +102,15 @@ def test_a_row_compares_with_the_first_by_seeds_that_both_have(groups):
     assert dict(zip(head, dense, strict=True))["perplexity"] == ""
 
 
+def test_the_claim_is_beside_the_best_dense_model(groups):
+    said = results.claim_of(groups, {"sizes": ["s"], "model": "deep", "dense": ["dense", "not there"]})
+    over = math.exp((2.9 + 3.1) / 2 - (3.0 + 3.1 + 3.2) / 3) - 1
+    assert f"{-100 * over:.1f} % below that of the best dense model" in said
+    assert "loss 3.000 against 3.100, NSAR 75 % against 50 %; seeds: 2 and 3" in said
+    worse = results.claim_of(groups, {"sizes": ["s"], "model": "dense", "dense": ["deep"]})
+    assert f"{100 * (math.exp(0.1) - 1):.1f} % above" in worse
+
+
 def test_rates_without_a_common_seed_cannot_be_compared(tmp_path):
     for name, text in (log("s", "dense", 0.01, 0, (5, 3)), log("s", "dense", 0.02, 1, (5, 3))):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -161,22 +170,40 @@ def test_every_run_has_a_name_of_its_own(whole_grid):
 
 def test_the_page_is_that_of_the_committed_logs(monkeypatch, tmp_path):
     """All tables, and the curves, byte for byte."""
-    page, drawn = tmp_path / "RESULTS.md", tmp_path / "curves.svg"
+    page, readme, drawn = tmp_path / "RESULTS.md", tmp_path / "README.md", tmp_path / "curves.svg"
     page.write_text(results.PAGE.read_text())
+    readme.write_text(results.README.read_text())
     monkeypatch.setattr(results, "PAGE", page)
+    monkeypatch.setattr(results, "README", readme)
     monkeypatch.setattr(results, "CURVES", drawn)
     results.main()
     assert page.read_text() == (EXAMPLES / "RESULTS.md").read_text()
+    assert readme.read_text() == (ROOT / "README.md").read_text()
     assert drawn.read_bytes() == (EXAMPLES / "curves.svg").read_bytes()
 
 
 def test_the_logs_are_of_the_grid_and_name_no_folder(whole_grid):
     names = {f"{name}.jsonl" for name, _ in grid.runs_of(whole_grid)}
-    found = {str(path.relative_to(results.LOGS)): path for path in results.LOGS.glob("*/*/*.jsonl")}
+    found = {str(path.relative_to(results.LOGS)): path for path in results.LOGS.rglob("*.jsonl")}
     assert found.keys() == names
     for path in found.values():
         recipe = json.loads(path.read_text().splitlines()[0])["recipe"]
         assert "/" not in json.dumps([recipe["data"], recipe["tokenizer"]])
+
+
+def test_a_name_that_no_run_has_is_refused(monkeypatch, tmp_path, capsys):
+    words = [EXAMPLES / "grid.yaml", tmp_path, "--train", "t", "--held-out", "h", "--author", "a", "--only", "dense"]
+    with pytest.raises(SystemExit):
+        run(monkeypatch, grid, *words)
+    assert "names are SIZE/MODEL/RATE-SEED" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_says_why(monkeypatch, tmp_path):
+    words = [EXAMPLES / "grid.yaml", tmp_path / "out", "--logs", tmp_path / "logs", "--only", "0.3m/dense/0.004-0"]
+    words += ["--train", tmp_path / "no.txt", "--held-out", tmp_path / "no.txt", "--author", tmp_path / "no.txt"]
+    with pytest.raises(RuntimeError, match="Unable to find"):
+        run(monkeypatch, grid, *words)
+    assert not list(tmp_path.rglob("*.jsonl"))
 
 
 @pytest.mark.slow  # a process for each run

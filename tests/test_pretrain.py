@@ -133,6 +133,22 @@ def test_weights_can_be_begun_and_held_otherwise(tmp_path, recipe):
     assert all((norm - 0.25).abs().max() < 0.02 for norm in norms)
 
 
+def test_some_parameters_have_a_rate_of_their_own(tmp_path, recipe):
+    """One step of Adam from the same weights moves everything by the rate, whatever the gradient."""
+    same = ["training.max_steps=1", "training.eval_steps=1", "training.save_steps=5", "training.weight_decay=0"]
+    same += ["training.lr_scheduler_type=constant", "training.warmup_steps=0", "training.learning_rate=0.001"]
+    weights = {}
+    changes = {"none": (), "slow": ["rates={router: 0.1, up_proj.weight: 0.5}"], "still": ["training.learning_rate=0"]}
+    for name, more in changes.items():
+        pretrain(with_fields(recipe, *same, *more), tmp_path / name)
+        weights[name] = AutoModelForCausalLM.from_pretrained(tmp_path / name / "model").state_dict()
+    for name, still in weights["still"].items():
+        whole, slow = (float((weights[run][name] - still).abs().max()) for run in ("none", "slow"))
+        factor = 0.1 if name.endswith("router") else 0.5 if name.endswith("up_proj.weight") else 1
+        assert whole == pytest.approx(0.001, rel=0.05), name
+        assert slow == pytest.approx(factor * whole, rel=0.05), name
+
+
 @pytest.mark.parametrize("change", ["model", "nothing.here=1", "model.x=1"])
 def test_a_change_of_no_field_is_refused(recipe, change):
     with pytest.raises(SystemExit, match=r"A\.B=VALUE is wanted"):
