@@ -71,7 +71,7 @@ class FinedeepConfig(LlamaConfig):  # trf-ignore: TRF057
         routed_scaling_factor (`float`, *optional*):
             c, the factor on every gate. Left out, it is the one with which a zero router gives every expert the
             weight exactly 1: 2 for sigmoid, K for softmax.
-        router_initializer_range (`float`, defaults to 1.0):
+        router_initializer_range (`float`, defaults to 0.0):
             Standard deviation of fresh routers. With 0, a gate starts as the same constant for every token.
         sublayer_output_norm (`bool`, defaults to `False`):
             Whether a second RMSNorm acts on a sub-layer's output before it is added ("sandwich norm").
@@ -120,7 +120,7 @@ class FinedeepConfig(LlamaConfig):  # trf-ignore: TRF057
         routing_input: str = "expert_output",
         routing_function: str = "sigmoid",
         routed_scaling_factor: float | None = None,
-        router_initializer_range: float = 1.0,
+        router_initializer_range: float = 0.0,
         sublayer_output_norm: bool = False,
         attention_output_bias: bool | None = None,
         qk_norm: bool = False,
