@@ -198,6 +198,7 @@ def test_a_name_that_no_run_has_is_refused(monkeypatch, tmp_path, capsys):
     assert "names are SIZE/MODEL/RATE-SEED" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_says_why(monkeypatch, tmp_path):
     words = [EXAMPLES / "grid.yaml", tmp_path / "out", "--logs", tmp_path / "logs", "--only", "0.3m/dense/0.004-0"]
     words += ["--train", tmp_path / "no.txt", "--held-out", tmp_path / "no.txt", "--author", tmp_path / "no.txt"]

@@ -705,6 +705,7 @@ def served(tmp_path_factory):
     return folder, sure(run_isolated(TRANSFORMERS_TOKENS, folder, PROMPTS, device))
 
 
+@pytest.mark.slow
 def test_what_engines_are_compared_with_is_worth_comparing(served):
     _, expected = served
     assert sum(map(len, expected)) > 20
