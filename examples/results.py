@@ -90,7 +90,7 @@ def main() -> None:
     for mark, table in tables_of(groups, grid["tables"]).items():
         put_into_readme(mark, table, PAGE)
     put_into_readme("tasks", tasks_of(json.loads(TASKS.read_text(encoding="utf-8"))), PAGE)
-    put_into_readme("claim", claim_of(groups, grid["claim"]), README)
+    put_into_readme("claim", "\n\n".join(claim_of(groups, claim) for claim in grid["claims"]), README)
     with rc_context(STYLE):
         curves(groups, grid["curves"]).savefig(CURVES, metadata={"Date": None})
 
@@ -201,7 +201,7 @@ def tasks_of(comparison: dict[str, Any]) -> str:
             d = row["difference"]
             interval = f"{d['difference']:+.3f} ({d['low']:+.3f} to {d['high']:+.3f})"
             rows.append([row["task"], row["metric"], str(d["samples"]), *both, interval, row["verdict"]])
-    head = ["task", "metric", "questions", "dense", "M=2 K=8", "difference (95 % interval)", "verdict"]
+    head = ["task", "metric", "questions", "dense", "Finedeep", "difference (95 % interval)", "verdict"]
     return aligned_markdown(head, rows, 2)
 
 
