@@ -141,7 +141,7 @@ def built(whole_grid, changes):
 
 def test_models_that_are_compared_are_of_one_size(whole_grid):
     """Parameters within 0.5 %, FLOPs within 1 %, but for what is said here: more norms, more layers' attention."""
-    more_parameters = {"m-4-k-4": 0.006, "m-2-k-8-sandwich-norm": 0.006, "m-8-k-2": 0.009, "m-16-k-1": 0.015}
+    more_parameters = {"m-4-k-4": 0.006, "m-8-k-2": 0.009}
     sizes, ids = {}, torch.zeros(1, 128, dtype=torch.long)
     for name, changes in grid.runs_of(whole_grid):
         place = name.rsplit("/", 1)[0]
@@ -164,7 +164,7 @@ def test_every_model_in_a_table_is_trained(whole_grid):
 
 def test_every_run_has_a_name_of_its_own(whole_grid):
     names = [name for name, _ in grid.runs_of(whole_grid)]
-    assert len(names) == len(set(names)) > 20
+    assert len(names) == len(set(names)) > 15
     assert len({grid.slug(model) for model in whole_grid["models"]}) == len(whole_grid["models"])
 
 
