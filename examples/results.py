@@ -90,7 +90,7 @@ def main() -> None:
     for mark, table in tables_of(groups, grid["tables"]).items():
         put_into_readme(mark, table, PAGE)
     put_into_readme("tasks", tasks_of(json.loads(TASKS.read_text(encoding="utf-8"))), PAGE)
-    put_into_readme("claim", "\n\n".join(claim_of(groups, claim) for claim in grid["claims"]), README)
+    put_into_readme("claim", "\n".join(claim_of(groups, claim) for claim in grid["claims"]), README)
     with rc_context(STYLE):
         curves(groups, grid["curves"]).savefig(CURVES, metadata={"Date": None})
 
@@ -206,19 +206,20 @@ def tasks_of(comparison: dict[str, Any]) -> str:
 
 
 def claim_of(groups: dict[tuple[str, str], Group], wanted: dict[str, Any]) -> str:
-    """Finedeep beside the best dense model of each size, in words."""
-    parts = []
+    """Finedeep beside the best dense model of each size, in words: the items of a list."""
+    items = []
     for size in wanted["sizes"]:
         dense = [groups[place] for name in wanted["dense"] if (place := (size, slug(name))) in groups]
         best, ours = min(dense, key=Group.mean), groups[size, slug(wanted["model"])]
         over, run = ours.mean() - best.mean(), ours.first_run
-        parts.append(
-            f"{100 * abs(math.expm1(over)):.1f} % {'below' if over < 0 else 'above'} that of the best dense model with "
-            f"{run.first['parameters'] / 1e6:.1f} million parameters and {max(run.losses[COUNTS]) / 1e6:.1f} million "
-            f"tokens (loss {ours.mean():.3f} against {best.mean():.3f}, NSAR {100 * ours.nsar:.0f} % against "
-            f"{100 * best.nsar:.0f} %; seeds: {len(ours.runs)} and {len(best.runs)})"
+        items.append(
+            f"- {run.first['parameters'] / 1e6:.1f} million parameters, {max(run.losses[COUNTS]) / 1e6:.1f} million "
+            f"tokens: the perplexity of {wanted['model']} is {100 * abs(math.expm1(over)):.1f} % "
+            f"{'below' if over < 0 else 'above'} the best dense model's (loss {ours.mean():.3f} against "
+            f"{best.mean():.3f}, seeds: {len(ours.runs)} and {len(best.runs)}); NSAR {100 * ours.nsar:.0f} % against "
+            f"{100 * best.nsar:.0f} %."
         )
-    return f"The perplexity of {wanted['model']} on held-out text is " + "; ".join(parts) + "."
+    return "\n".join(items)
 
 
 COLUMNS = {

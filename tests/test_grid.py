@@ -105,8 +105,8 @@ def test_a_row_compares_with_the_first_by_seeds_that_both_have(groups):
 def test_the_claim_is_beside_the_best_dense_model(groups):
     said = results.claim_of(groups, {"sizes": ["s"], "model": "deep", "dense": ["dense", "not there"]})
     over = math.exp((2.9 + 3.1) / 2 - (3.0 + 3.1 + 3.2) / 3) - 1
-    assert f"{-100 * over:.1f} % below that of the best dense model" in said
-    assert "loss 3.000 against 3.100, NSAR 75 % against 50 %; seeds: 2 and 3" in said
+    assert f"the perplexity of deep is {-100 * over:.1f} % below the best dense model's" in said
+    assert "(loss 3.000 against 3.100, seeds: 2 and 3); NSAR 75 % against 50 %." in said
     worse = results.claim_of(groups, {"sizes": ["s"], "model": "dense", "dense": ["deep"]})
     assert f"{100 * (math.exp(0.1) - 1):.1f} % above" in worse
 
