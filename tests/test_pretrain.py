@@ -35,7 +35,7 @@ def recipe(tmp_path_factory):
     recipe["data"] |= {"train": str(folder / "train.txt"), "validation": str(folder / "validation.txt")}
     recipe["data"] |= {"context": 32, "validation_sequences": 32}
     recipe["sizes"] |= SMALL | {"num_key_value_heads": 2}
-    recipe["finedeep"] |= {"num_experts_per_sublayer": 4}
+    recipe["finedeep"] |= {"num_expert_sublayers": 2, "sublayer_output_norm": True}
     recipe["training"] |= {"max_steps": 60, "logging_steps": 10, "eval_steps": 20, "save_steps": 20, "warmup_steps": 6}
     recipe["training"] |= {"disable_tqdm": True, "learning_rate": 5e-3}
     return recipe
