@@ -220,8 +220,12 @@ def _positive_int(field: str, value: Any) -> int:
     return value
 
 
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _positive_float(field: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+    if not _finite(value) or value <= 0:
         raise ValueError(
             f"{field}={value!r} is not a finite number above 0; values that work: 2.0 (a zero sigmoid router gives "
             "every expert the weight 1) or 1.0 (gates between 0 and 1)."
@@ -230,7 +234,7 @@ def _positive_float(field: str, value: Any) -> float:
 
 
 def _deviation(field: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+    if not _finite(value) or value < 0:
         raise ValueError(f"{field}={value!r} is not a finite number of at least 0; the nearest that works: 0.0.")
     return float(value)
 

@@ -1,6 +1,7 @@
 """Train many models on the same text, some at a time, and keep their logs.
 
-    python examples/grid.py examples/grid.yaml OUT --train BOOKS.txt.xz --validation OTHER.txt --processes 2
+    python examples/mix.py BOOKS.txt.xz MIXED.txt --held-out HELD_OUT.txt
+    python examples/grid.py examples/grid.yaml OUT --train MIXED.txt --held-out HELD_OUT.txt --author OTHER.txt
 
 The grid says which models, of which sizes, with which learning rates and seeds. Each is trained by examples/pretrain.py
 in a process of its own, on one thread, and looked into as `finedeep inspect` does. Its log, SIZE/MODEL/RATE-SEED.jsonl,
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from finedeep.convert.destination import write_whole
 from finedeep.eval.inspection import inspect
 from tqdm import tqdm
 
@@ -62,9 +64,7 @@ def main() -> None:
         found = inspect(arguments.out / name / "model", arguments.held_out, tokens=INSPECTED, progress=False)
         lines = (arguments.out / name / "log.jsonl").read_text(encoding="utf-8")
         log.parent.mkdir(parents=True, exist_ok=True)
-        part = log.with_suffix(".part")
-        part.write_text(lines + json.dumps(kept_of(found)) + "\n", encoding="utf-8")
-        part.replace(log)
+        write_whole(log, lines + json.dumps(kept_of(found)) + "\n")
         bar.set_postfix_str(name)
         bar.update()
 

@@ -15,6 +15,8 @@ import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from finedeep.convert.destination import write_whole
+
 OPEN = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 
 
@@ -34,17 +36,9 @@ def main() -> None:
     held_out = arguments.held_out_pieces if arguments.held_out else 0
     if held_out >= len(pieces):
         parser.error(f"{arguments.text} has {len(pieces)} pieces; {held_out} cannot be held out.")
-    write(arguments.out, pieces[held_out:])
+    write_whole(arguments.out, "".join(pieces[held_out:]))
     if held_out:
-        write(arguments.held_out, pieces[:held_out])
-
-
-def write(path: Path, pieces: Iterable[str]) -> None:
-    """All at once: a file that is there is whole."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.writelines(pieces)
-    part.replace(path)
+        write_whole(arguments.held_out, "".join(pieces[:held_out]))
 
 
 def pieces_of(lines: Iterable[str], characters: int) -> Iterator[str]:

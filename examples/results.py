@@ -163,7 +163,7 @@ def perplexity_over(group: Group, base: Group, text: str) -> str:
 
 def rates_of(group: Group) -> str:
     """The learning rate that counts, and those that were tried."""
-    best = min(group.tried, key=group.tried.__getitem__)
+    best = group.first_run.rate
     others = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in group.tried.items() if rate != best)
     return f"{best:g}" + (f" ({others})" if others else "")
 
