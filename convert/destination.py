@@ -14,6 +14,7 @@ from typing import Any
 
 from .errors import ConversionError
 from .shards import size
+from .whole_file import write_whole
 
 PLAN = ".plan.json"
 LOCK = ".lock"
@@ -138,10 +139,3 @@ def _finish(folder: Path, destination: Path) -> None:
             os.fsync(opened.fileno())
     check_free(destination)
     folder.rename(destination)
-
-
-def write_whole(path: Path, text: str) -> Path:
-    """Write a file beside its place, then move it there. Returns the path."""
-    scratch = path.with_name(f".{path.name}.new")
-    scratch.write_text(text, encoding="utf-8")
-    return scratch.replace(path)

@@ -17,11 +17,9 @@ from ..modeling_finedeep import FinedeepSublayer, expert_outputs
 from .errors import EvaluationError
 
 THRESHOLDS = (0.01, 0.03, 0.1, 0.3, 1.0)
-BINS, LOWEST, HIGHEST = (
-    250,
-    -0.5,
-    2.0,
-)  # of the histogram: SiLU has no value below -0.28; the rest is counted at the ends
+# Of the histogram: SiLU has no value below -0.28; what is beyond is counted at the ends.
+BINS, LOWEST, HIGHEST = 250, -0.5, 2.0
+EDGES = [LOWEST + i * (HIGHEST - LOWEST) / BINS for i in range(BINS + 1)]
 NEAR = 0.05  # of 0 or 1: a sigmoid there hardly moves any more (a softmax is near 0 below that part of 1 / K)
 NEVER = 0.01  # an expert whose share stays below that for every token never matters
 WIDEST = 2048  # of an output whose second moments are held; wider ones are projected down to it

@@ -10,9 +10,9 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..convert.destination import write_whole
 from ..convert.loading_bars import without_loading_bars
-from .activity import BINS, HIGHEST, LOWEST, THRESHOLDS, Place, places_of, rates, watch
+from ..convert.whole_file import write_whole
+from .activity import EDGES, THRESHOLDS, Place, places_of, rates, watch
 from .errors import EvaluationError, cannot_load
 from .table import aligned_markdown
 
@@ -172,7 +172,7 @@ def summary_of(places: list[Place]) -> dict[str, Any]:
     return {
         "thresholds": list(THRESHOLDS),
         "nsar": together(places),
-        "edges": [LOWEST + i * (HIGHEST - LOWEST) / BINS for i in range(BINS + 1)],
+        "edges": EDGES,
         "histogram": sum(place.sums["histogram"] for place in places).long().tolist(),
         "layers": [{"layer": i, "nsar": together([p for p in places if p.layer == i])} for i in layers],
         "places": [place.summary() for place in places],

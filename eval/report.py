@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from ..convert.destination import write_whole
+from ..convert.whole_file import write_whole
 from . import cost, inspection, plots
 from .comparison import BETTER, HEAD, SAME, WORSE, Row, cells_of, figures_of
 from .inspection import TAU

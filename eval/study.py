@@ -13,7 +13,8 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from ..convert.card import COMPARISON
-from ..convert.destination import differing, write_whole
+from ..convert.destination import differing
+from ..convert.whole_file import write_whole
 from ..version import __version__
 from . import cost, inspection
 from .comparison import compare, sentence_of, table_of

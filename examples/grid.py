@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from finedeep.convert.destination import write_whole
+from finedeep.convert.whole_file import write_whole
 from finedeep.eval.inspection import inspect
 from tqdm import tqdm
 
