@@ -1,4 +1,4 @@
-"""Make the tables and curves of examples/RESULTS.md, and what the README says of them, of the logs in examples/logs.
+"""Make the tables and figures of examples/RESULTS.md, and what the README says of them, of the logs in examples/logs.
 
     python examples/results.py
 
@@ -13,13 +13,15 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 from finedeep.benchmarks.readme import README, put_into_readme
+from finedeep.eval.activity import EDGES
 from finedeep.eval.inspection import TAU
-from finedeep.eval.plots import STYLE
+from finedeep.eval.plots import STYLE, activations
 from finedeep.eval.table import aligned_markdown
 from grid import slug
 from matplotlib import rc_context
@@ -27,7 +29,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
-LOGS, PAGE, CURVES, GRID = HERE / "logs", HERE / "RESULTS.md", HERE / "curves.svg", HERE / "grid.yaml"
+LOGS, PAGE, GRID = HERE / "logs", HERE / "RESULTS.md", HERE / "grid.yaml"
+CURVES, HISTOGRAMS = HERE / "curves.svg", HERE / "activations.svg"
 TASKS = LOGS / "local_tasks.json"  # the comparison.json of `finedeep eval`, without times
 STYLES = ("-", "--", ":", "-.")
 COUNTS = "held_out"  # the text on whose loss a learning rate is chosen
@@ -43,6 +46,7 @@ class Run:
     first: dict[str, Any]
     losses: dict[str, dict[int, float]]  # by tokens, of each validation text and, as "train", of what came since
     nsar: float
+    histogram: list[int]  # of act(gate), between EDGES
 
     @property
     def rate(self) -> float:
@@ -61,12 +65,27 @@ class Run:
 
 @dataclass
 class Group:
-    """The runs of a model of one size, by seed, at the learning rate at which it is best."""
+    """The runs of a model of one size, by learning rate and seed. What counts is the rate at which it is best."""
 
     size: str
     model: str
-    tried: dict[float, float]  # the mean loss by learning rate, of the seeds that all of them have
-    runs: dict[int, Run]
+    by_rate: dict[float, dict[int, Run]]
+
+    @cached_property
+    def common(self) -> dict[float, list[Run]]:
+        """By learning rate the runs of the seeds that all rates have."""
+        seeds = set.intersection(*(set(runs) for runs in self.by_rate.values()))
+        return {rate: [runs[seed] for seed in sorted(seeds)] for rate, runs in sorted(self.by_rate.items())}
+
+    @cached_property
+    def tried(self) -> dict[float, float]:
+        """By learning rate the mean loss of those."""
+        return {rate: statistics.mean(run.loss() for run in runs) for rate, runs in self.common.items()}
+
+    @cached_property
+    def runs(self) -> dict[int, Run]:
+        """All seeds, at the best learning rate."""
+        return dict(sorted(self.by_rate[min(self.tried, key=self.tried.__getitem__)].items()))
 
     @property
     def first_run(self) -> Run:
@@ -84,15 +103,17 @@ class Group:
 
 
 def main() -> None:
-    """Read all logs, write all tables and the curves."""
+    """Read all logs, write all tables and figures."""
     groups = groups_of(read(path) for path in sorted(LOGS.glob("*/*/*.jsonl")))
     grid = yaml.safe_load(GRID.read_text(encoding="utf-8"))
     for mark, table in tables_of(groups, grid["tables"]).items():
         put_into_readme(mark, table, PAGE)
+    put_into_readme("rates", rates_of_models(groups, grid["rates"]), PAGE)
     put_into_readme("tasks", tasks_of(json.loads(TASKS.read_text(encoding="utf-8"))), PAGE)
     put_into_readme("claim", "\n".join(claim_of(groups, claim) for claim in grid["claims"]), README)
     with rc_context(STYLE):
         curves(groups, grid["curves"]).savefig(CURVES, metadata={"Date": None})
+        histograms(groups, grid["histograms"]).savefig(HISTOGRAMS, metadata={"Date": None})
 
 
 def read(path: Path) -> Run:
@@ -103,7 +124,7 @@ def read(path: Path) -> Run:
         for text, name in LOSSES.items():
             if name in line:
                 losses[text][line["tokens"]] = line[name]
-    return Run(*path.parts[-3:-1], first, dict(losses), rest[-1]["nsar"][TAU])
+    return Run(*path.parts[-3:-1], first, dict(losses), rest[-1]["nsar"][TAU], rest[-1]["histogram"])
 
 
 def groups_of(runs: Iterable[Run]) -> dict[tuple[str, str], Group]:
@@ -111,13 +132,10 @@ def groups_of(runs: Iterable[Run]) -> dict[tuple[str, str], Group]:
     found: dict[tuple[str, str], dict[float, dict[int, Run]]] = defaultdict(lambda: defaultdict(dict))
     for run in runs:
         found[run.size, run.model][run.rate][run.seed] = run
-    groups = {}
-    for place, rates in found.items():
-        common = set.intersection(*(set(seeds) for seeds in rates.values()))
-        if not common:
+    groups = {place: Group(*place, dict(rates)) for place, rates in found.items()}
+    for place, group in groups.items():
+        if not all(group.common.values()):
             raise SystemExit(f"{'/'.join(place)}: its learning rates have no seed in common; train what is missing.")
-        tried = {rate: statistics.mean(seeds[seed].loss() for seed in common) for rate, seeds in sorted(rates.items())}
-        groups[place] = Group(*place, tried, dict(sorted(rates[min(tried, key=tried.__getitem__)].items())))
     return groups
 
 
@@ -134,6 +152,20 @@ def tables_of(groups: dict[tuple[str, str], Group], wanted: dict[str, Any]) -> d
         ]
         tables[mark] = aligned_markdown(["size", "model", *COLUMNS], rows, 2)
     return tables
+
+
+def rates_of_models(groups: dict[tuple[str, str], Group], wanted: dict[str, Any]) -> str:
+    """Of each model, by learning rate, loss and NSAR over the seeds that all its rates have."""
+    found = {name: groups[wanted["size"], slug(name)].common for name in wanted["models"]}
+    rates = sorted({rate for common in found.values() for rate in common})
+    rows = []
+    for name, common in found.items():
+        runs = [common.get(rate) for rate in rates]
+        losses = [f"{statistics.mean(run.loss() for run in some):.3f}" if some else "" for some in runs]
+        nsars = [f"{100 * statistics.mean(run.nsar for run in some):.1f} %" if some else "" for some in runs]
+        rows.append([name, str(len(next(iter(common.values())))), *losses, *nsars])
+    heads = [f"{what} at {rate:g}" for what in ("loss", "NSAR") for rate in rates]
+    return aligned_markdown(["model", "seeds", *heads], rows, 1)
 
 
 def with_share(value: float, base: float) -> str:
@@ -178,7 +210,8 @@ def curves(groups: dict[tuple[str, str], Group], wanted: dict[str, Any]) -> Figu
     axes = figure.add_subplot()
     axes.axhline(0, color="#767676", linewidth=1)
     first, *others = wanted["models"]
-    for (size, model), style in zip(itertools.product(wanted["sizes"], others), STYLES, strict=False):
+    pairs = [pair for pair in itertools.product(wanted["sizes"], others) if (pair[0], slug(pair[1])) in groups]
+    for (size, model), style in zip(pairs, itertools.cycle(STYLES), strict=False):
         base, group = (groups[size, slug(name)] for name in (first, model))
         seeds = base.runs.keys() & group.runs.keys()
         tokens = sorted(group.first_run.losses["train"])
@@ -192,17 +225,32 @@ def curves(groups: dict[tuple[str, str], Group], wanted: dict[str, Any]) -> Figu
     return figure
 
 
+def histograms(groups: dict[tuple[str, str], Group], wanted: dict[str, Any]) -> Figure:
+    """How often act(gate) has which value, over all seeds of two models of one size."""
+    found = {}
+    for name in wanted["models"]:
+        runs = groups[wanted["size"], slug(name)].runs.values()
+        summed = [sum(counts) for counts in zip(*(run.histogram for run in runs), strict=True)]
+        found[name] = {"histogram": summed, "edges": EDGES}
+    return activations(found)
+
+
 def tasks_of(comparison: dict[str, Any]) -> str:
     """Each task's main metric, as `finedeep eval --baseline` has compared it, and its verdict."""
     rows = []
     for row in comparison["tasks"]:
         if row["main"] and not row["is_group"]:
-            both = [f"{row[model]['value']:.3f} ± {row[model]['stderr']:.3f}" for model in ("baseline", "model")]
+            both = [with_error(**row[model]) for model in ("baseline", "model")]
             d = row["difference"]
             interval = f"{d['difference']:+.3f} ({d['low']:+.3f} to {d['high']:+.3f})"
             rows.append([row["task"], row["metric"], str(d["samples"]), *both, interval, row["verdict"]])
-    head = ["task", "metric", "questions", "dense", "Finedeep", "difference (95 % interval)", "verdict"]
+    head = ["task", "metric", "samples", "dense", "Finedeep", "difference (95 % interval)", "verdict"]
     return aligned_markdown(head, rows, 2)
+
+
+def with_error(value: float, stderr: float | None, **_: Any) -> str:
+    """A score, with its standard error where it has one."""
+    return f"{value:.3f}" + (f" ± {stderr:.3f}" if stderr is not None else "")
 
 
 def claim_of(groups: dict[tuple[str, str], Group], wanted: dict[str, Any]) -> str:
@@ -212,11 +260,13 @@ def claim_of(groups: dict[tuple[str, str], Group], wanted: dict[str, Any]) -> st
         dense = [groups[place] for name in wanted["dense"] if (place := (size, slug(name))) in groups]
         best, ours = min(dense, key=Group.mean), groups[size, slug(wanted["model"])]
         over, run = ours.mean() - best.mean(), ours.first_run
+        both = ours.runs.keys() & best.runs.keys()
+        lower = sum(ours.runs[seed].loss() < best.runs[seed].loss() for seed in both)
         items.append(
             f"- {run.first['parameters'] / 1e6:.1f} million parameters, {max(run.losses[COUNTS]) / 1e6:.1f} million "
             f"tokens: the perplexity of {wanted['model']} is {100 * abs(math.expm1(over)):.1f} % "
             f"{'below' if over < 0 else 'above'} the best dense model's (loss {ours.mean():.3f} against "
-            f"{best.mean():.3f}, seeds: {len(ours.runs)} and {len(best.runs)}); NSAR {100 * ours.nsar:.0f} % against "
+            f"{best.mean():.3f}, lower with {lower} of {len(both)} seeds); NSAR {100 * ours.nsar:.0f} % against "
             f"{100 * best.nsar:.0f} %."
         )
     return "\n".join(items)

@@ -69,7 +69,7 @@ def log(size, model, rate, seed, held_out, author=(4.0, 4.0), parameters=1000, f
     for tokens, *losses in zip((100, 200), held_out, author, strict=True):
         names = ("eval_held_out_loss", "eval_author_loss")
         lines += [{"tokens": tokens, name: loss} for name, loss in zip(names, losses, strict=True)]
-    lines.append({"nsar": {"0.1": nsar}})
+    lines.append({"nsar": {"0.1": nsar}, "histogram": [seed, 1, 2]})
     return f"{size}/{model}/{rate:g}-{seed}.jsonl", "\n".join(map(json.dumps, lines))
 
 
@@ -90,6 +90,21 @@ def test_the_rate_that_counts_is_the_best_one(groups):
     assert [run.loss() for run in dense.runs.values()] == [3.0, 3.1, 3.2]
 
 
+def test_rates_stand_side_by_side(groups):
+    table = results.rates_of_models(groups, {"size": "s", "models": ["dense", "deep"]})
+    head, _, dense, deep = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert dict(zip(head, dense, strict=True)) == {
+        "model": "dense",
+        "seeds": "1",
+        "loss at 0.01": "3.000",
+        "loss at 0.02": "3.500",
+        "NSAR at 0.01": "50.0 %",
+        "NSAR at 0.02": "50.0 %",
+    }
+    deep = dict(zip(head, deep, strict=True))
+    assert [deep[column] for column in ("seeds", "loss at 0.01", "loss at 0.02")] == ["2", "", "3.000"]
+
+
 def test_a_row_compares_with_the_first_by_seeds_that_both_have(groups):
     table = results.tables_of(groups, {"here": {"sizes": ["s"], "models": ["dense", "deep"]}})["here"]
     head, _, dense, deep = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
@@ -106,9 +121,16 @@ def test_the_claim_is_beside_the_best_dense_model(groups):
     said = results.claim_of(groups, {"sizes": ["s"], "model": "deep", "dense": ["dense", "not there"]})
     over = math.exp((2.9 + 3.1) / 2 - (3.0 + 3.1 + 3.2) / 3) - 1
     assert f"the perplexity of deep is {-100 * over:.1f} % below the best dense model's" in said
-    assert "(loss 3.000 against 3.100, seeds: 2 and 3); NSAR 75 % against 50 %." in said
+    assert "(loss 3.000 against 3.100, lower with 1 of 2 seeds); NSAR 75 % against 50 %." in said
     worse = results.claim_of(groups, {"sizes": ["s"], "model": "dense", "dense": ["deep"]})
     assert f"{100 * (math.exp(0.1) - 1):.1f} % above" in worse
+
+
+def test_a_histogram_is_of_all_seeds(monkeypatch, groups):
+    drawn = {}
+    monkeypatch.setattr(results, "activations", drawn.update)
+    results.histograms(groups, {"size": "s", "models": ["dense", "deep"]})
+    assert {name: found["histogram"] for name, found in drawn.items()} == {"dense": [3, 3, 6], "deep": [1, 2, 4]}
 
 
 def test_rates_without_a_common_seed_cannot_be_compared(tmp_path):
@@ -140,8 +162,10 @@ def built(whole_grid, changes):
 
 
 def test_models_that_are_compared_are_of_one_size(whole_grid):
-    """Parameters within 0.5 %, FLOPs within 1 %, but for what is said here: more norms, more layers' attention."""
-    more_parameters = {"m-4-k-4": 0.006, "m-8-k-2": 0.009}
+    """Parameters within 0.5 %, FLOPs within 1 %, but for what is said here: norms, routers, more layers' attention."""
+    parameters_apart = dict.fromkeys(("m-4-k-4", "m-4-k-1", "m-2-k-8-sandwich-norm"), 0.006)
+    parameters_apart |= {"m-4-k-4-sandwich-norm": 0.009, "m-8-k-2": 0.009, "m-16-k-1": 0.015, "m-4-k-16": 0.043}
+    flops_apart = {"0.3m/dense-more-layers": 0.09, "0.1m-3x/m-4-k-4": 0.017}
     sizes, ids = {}, torch.zeros(1, 128, dtype=torch.long)
     for name, changes in grid.runs_of(whole_grid):
         place = name.rsplit("/", 1)[0]
@@ -151,13 +175,14 @@ def test_models_that_are_compared_are_of_one_size(whole_grid):
     for place, (parameters, operations) in sizes.items():
         size, model = place.split("/")
         base = sizes[f"{size}/dense"]
-        assert parameters / base[0] == pytest.approx(1, abs=more_parameters.get(model, 0.005)), place
-        assert operations / base[1] == pytest.approx(1, abs=0.09 if model == "dense-more-layers" else 0.01), place
+        assert parameters / base[0] == pytest.approx(1, abs=parameters_apart.get(model, 0.005)), place
+        assert operations / base[1] == pytest.approx(1, abs=flops_apart.get(place, 0.01)), place
 
 
 def test_every_model_in_a_table_is_trained(whole_grid):
     trained = {name.split("/")[1] for name, _ in grid.runs_of(whole_grid)}
-    named = [model for table in [*whole_grid["tables"].values(), whole_grid["curves"]] for model in table["models"]]
+    shown = [*whole_grid["tables"].values(), *(whole_grid[name] for name in ("rates", "curves", "histograms"))]
+    named = [model for table in shown for model in table["models"]]
     assert {grid.slug(model) for model in named} <= trained
     assert set(whole_grid["models"]) >= set(named)
 
@@ -169,17 +194,20 @@ def test_every_run_has_a_name_of_its_own(whole_grid):
 
 
 def test_the_page_is_that_of_the_committed_logs(monkeypatch, tmp_path):
-    """All tables, and the curves, byte for byte."""
-    page, readme, drawn = tmp_path / "RESULTS.md", tmp_path / "README.md", tmp_path / "curves.svg"
+    """All tables and figures, byte for byte."""
+    page, readme = tmp_path / "RESULTS.md", tmp_path / "README.md"
+    drawn = {"CURVES": tmp_path / "curves.svg", "HISTOGRAMS": tmp_path / "activations.svg"}
     page.write_text(results.PAGE.read_text())
     readme.write_text(results.README.read_text())
     monkeypatch.setattr(results, "PAGE", page)
     monkeypatch.setattr(results, "README", readme)
-    monkeypatch.setattr(results, "CURVES", drawn)
+    for name, path in drawn.items():
+        monkeypatch.setattr(results, name, path)
     results.main()
     assert page.read_text() == (EXAMPLES / "RESULTS.md").read_text()
     assert readme.read_text() == (ROOT / "README.md").read_text()
-    assert drawn.read_bytes() == (EXAMPLES / "curves.svg").read_bytes()
+    for path in drawn.values():
+        assert path.read_bytes() == (EXAMPLES / path.name).read_bytes()
 
 
 def test_the_logs_are_of_the_grid_and_name_no_folder(whole_grid):
