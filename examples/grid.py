@@ -20,6 +20,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import yaml
@@ -56,12 +57,14 @@ def main() -> None:
     measured = {"held_out": str(arguments.held_out.resolve()), "author": str(arguments.author.resolve())}
     texts = {"data.train": str(arguments.train.resolve()), "data.validation": measured}
     recipe = arguments.grid.parent / grid["recipe"]
+    one_at_a_time = Lock()  # transformers does not load models in several threads at once
 
     def train(run: tuple[str, Changes]) -> None:
         name, changes = run
         log = arguments.logs / f"{name}.jsonl"
         pretrain(recipe, arguments.out / name, texts | changes)
-        found = inspect(arguments.out / name / "model", arguments.held_out, tokens=INSPECTED, progress=False)
+        with one_at_a_time:
+            found = inspect(arguments.out / name / "model", arguments.held_out, tokens=INSPECTED, progress=False)
         lines = (arguments.out / name / "log.jsonl").read_text(encoding="utf-8")
         log.parent.mkdir(parents=True, exist_ok=True)
         write_whole(log, lines + json.dumps(kept_of(found)) + "\n")

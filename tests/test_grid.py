@@ -5,8 +5,10 @@ import math
 import random
 import statistics
 import sys
+import time
 from itertools import islice, pairwise
 from pathlib import Path
+from threading import Lock
 
 import pytest
 import torch
@@ -224,6 +226,27 @@ def test_a_name_that_no_run_has_is_refused(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(monkeypatch, grid, *words)
     assert "names are SIZE/MODEL/RATE-SEED" in capsys.readouterr().err
+
+
+def test_models_are_looked_into_one_at_a_time(monkeypatch, tmp_path):
+    """Two threads that load models at once disturb each other, now and then."""
+    at_work = Lock()
+
+    def inspected(*args, **kwargs):
+        assert at_work.acquire(blocking=False)
+        time.sleep(0.05)
+        at_work.release()
+        return {"places": [], "predicted_tokens": 1, "nsar": {}, "histogram": []}
+
+    def pretrained(recipe, out, changes):
+        out.mkdir(parents=True)
+        (out / "log.jsonl").write_text("{}\n")
+
+    monkeypatch.setattr(grid, "inspect", inspected)
+    monkeypatch.setattr(grid, "pretrain", pretrained)
+    words = [EXAMPLES / "grid.yaml", tmp_path / "out", "--logs", tmp_path / "logs", "--only", "0.3m/*"]
+    run(monkeypatch, grid, *words, "--train", "t", "--held-out", "h", "--author", "a", "--processes", "8")
+    assert len(list(tmp_path.rglob("logs/**/*.jsonl"))) > 8
 
 
 @pytest.mark.slow
