@@ -22,6 +22,7 @@ from finedeep.benchmarks.readme import README, put_into_readme
 from finedeep.eval.activity import EDGES
 from finedeep.eval.inspection import TAU
 from finedeep.eval.plots import STYLE, activations
+from finedeep.eval.scores import Score
 from finedeep.eval.table import aligned_markdown
 from grid import slug
 from matplotlib import rc_context
@@ -240,17 +241,12 @@ def tasks_of(comparison: dict[str, Any]) -> str:
     rows = []
     for row in comparison["tasks"]:
         if row["main"] and not row["is_group"]:
-            both = [with_error(**row[model]) for model in ("baseline", "model")]
+            both = [str(Score(**row[model])) for model in ("baseline", "model")]
             d = row["difference"]
             interval = f"{d['difference']:+.3f} ({d['low']:+.3f} to {d['high']:+.3f})"
             rows.append([row["task"], row["metric"], str(d["samples"]), *both, interval, row["verdict"]])
     head = ["task", "metric", "samples", "dense", "Finedeep", "difference (95 % interval)", "verdict"]
     return aligned_markdown(head, rows, 2)
-
-
-def with_error(value: float, stderr: float | None, **_: Any) -> str:
-    """A score, with its standard error where it has one."""
-    return f"{value:.3f}" + (f" ± {stderr:.3f}" if stderr is not None else "")
 
 
 def claim_of(groups: dict[tuple[str, str], Group], wanted: dict[str, Any]) -> str:
