@@ -4,7 +4,9 @@ What calibration leaves of the gap to the dense model is closed here, with trans
 checkpoints, loggers and everything else in its TrainingArguments is had by --set NAME=VALUE, and several processes,
 FSDP and DeepSpeed by `accelerate launch -m finedeep_cli heal ...`. A stopped run goes on with --resume.
 
-The loss is W * KL(teacher || model) + (1 - W) * next-token loss, both in nats per token.
+The loss is W * KL(teacher || model) + (1 - W) * next-token loss, both in nats per token. Where the teacher has as many
+layers of the same size, H times the relative distance of each layer's output from the teacher's comes on top, with an H
+that goes down to 0.
 
 examples:
   finedeep heal ./llama-finedeep ./healed --teacher ./llama                       on text that the teacher makes up
@@ -48,6 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="W",
         help="the teacher's share of the loss, from 0 to 1 (default: 1 with a teacher, 0 without)",
+    )
+    option(
+        "--hidden-states",
+        type=float,
+        metavar="H",
+        help="the first weight of the distance of each layer's output from the teacher's (default: 10 where the two "
+        "can be compared and W is above 0)",
     )
     option("--seed", type=int, default=0, help="for sampling and the order of the data (default: 0)")
     option(

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +35,7 @@ from .shards import save_whole
 from .source import COMPANIONS, read_json
 
 HEALING = "finedeep_healing.json"
+HIDDEN_STATES = 10.0  # measured: convert/README.md
 PLAN, WINDOWS = "plan.json", "windows.safetensors"
 
 
@@ -46,6 +47,9 @@ class HealingOptions:
     teacher: str | None = None
     # The share of KL(teacher || student) in the loss; None: 1 with a teacher, 0 without.
     divergence: float | None = None
+    # The weight, at the beginning, of how far each layer's output is from the teacher's; None: `HIDDEN_STATES` where
+    # the teacher has as many layers of the same size and the loss has a share of its divergence, otherwise 0.
+    hidden_states: float | None = None
     tokens: int = 1_048_576
     context: int = 512  # or as many as the model has positions for
     steps: int = 1000
@@ -69,6 +73,10 @@ class HealingOptions:
         if self.teacher is None and (self.divergence > 0 or self.data == SELF):
             wanted = "to sample the text from" if self.data == SELF else f"for divergence={self.divergence}"
             raise ConversionError(f"a teacher is wanted {wanted}; name the dense model (--teacher).")
+        if self.hidden_states is not None and not 0 <= self.hidden_states < math.inf:
+            raise ConversionError(f"hidden_states={self.hidden_states} is no weight; a number from 0 up is wanted.")
+        if self.hidden_states and self.teacher is None:
+            raise ConversionError(f"a teacher is wanted for hidden_states={self.hidden_states}; name it (--teacher).")
         unknown = set(self.training) - {f.name for f in dataclasses.fields(TrainingArguments)}
         if unknown:
             raise ConversionError(f"{', '.join(sorted(unknown))}: no field of transformers' TrainingArguments.")
@@ -85,10 +93,16 @@ class Healed:
 
 
 class HealingTrainer(Trainer):
-    """`Trainer` with the loss (1 - divergence) * next-token loss + divergence * KL(teacher || student), in nats."""
+    """`Trainer` with the loss (1 - divergence) * next-token loss + divergence * KL(teacher || student), in nats.
 
-    def __init__(self, *, teacher: PreTrainedModel | None, divergence: float, **kwargs: Any):
+    In training, hidden_states * (1 - step / steps) * `hidden_state_distance` comes on top.
+    """
+
+    def __init__(
+        self, *, teacher: PreTrainedModel | None, divergence: float, hidden_states: float = 0.0, **kwargs: Any
+    ):
         super().__init__(**kwargs)
+        self.hidden_states = hidden_states
         self.model_accepts_loss_kwargs = False  # the loss is a mean over a batch whose sequences are of one length
         self.divergence = divergence
         self.teacher = teacher.to(self.args.device).eval().requires_grad_(False) if teacher is not None else None
@@ -99,30 +113,45 @@ class HealingTrainer(Trainer):
     ) -> Any:
         """Args: inputs with `input_ids` (batch, seq), every one of them text."""
         ids = inputs["input_ids"]
-        outputs = model(input_ids=ids, use_cache=False)
+        pull = self.hidden_states * (1 - self.state.global_step / max(1, self.state.max_steps)) * model.training
+        ask = {"input_ids": ids, "use_cache": False, "output_hidden_states": pull > 0}
+        outputs = model(**ask)
         logits = outputs.logits.float()
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.divergence < 1):
             parts = {"next_token": nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())}
         if self.teacher is not None:
             with torch.no_grad():
-                wanted = self.teacher(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+                of_teacher = self.teacher(**ask)
+                wanted = of_teacher.logits.float().log_softmax(-1)
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.divergence > 0):
                 divergence = nn.functional.kl_div(logits.log_softmax(-1), wanted, log_target=True, reduction="none")
                 parts["divergence"] = divergence.sum(-1).mean()
+            if pull:
+                parts["hidden_states"] = hidden_state_distance(outputs.hidden_states, of_teacher.hidden_states)
         for name, value in parts.items():
             name = name if model.training else f"eval_{name}"
             self.sums[name] = self.sums.get(name, 0) + torch.stack([value.detach(), torch.ones_like(value)]) * len(ids)
-        weights = {"next_token": 1 - self.divergence, "divergence": self.divergence}
+        weights = {"next_token": 1 - self.divergence, "divergence": self.divergence, "hidden_states": pull}
         loss = sum(weights[name] * part for name, part in parts.items() if weights[name])
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log the two parts of the loss beside it, means over all processes."""
+        """Log the parts of the loss beside it, means over all processes."""
         evaluating = any(name.startswith("eval_") for name in logs)
         for name in [name for name in self.sums if name.startswith("eval_") == evaluating]:
             total, number = self.accelerator.reduce(self.sums.pop(name), reduction="sum").tolist()
             logs[name] = total / number
         super().log(logs, *args, **kwargs)
+
+
+def hidden_state_distance(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The mean over layers and tokens of |h - h*|² / |h*|².
+
+    Args: as models return them, the embeddings and each layer's output, the last after the final norm; (batch, seq,
+    hidden) each.
+    """
+    pairs = [(h.float(), wanted.float()) for h, wanted in zip(student[1:], teacher[1:], strict=True)]
+    return sum(((h - wanted).pow(2).sum(-1) / wanted.pow(2).sum(-1)).mean() for h, wanted in pairs) / len(pairs)
 
 
 def is_main_process() -> bool:
@@ -162,6 +191,7 @@ def heal(
     o = dataclasses.replace(o, context=min(o.context, config.max_position_embeddings))
     # Before TrainingArguments: after them, DeepSpeed and FSDP would share the teacher out as it is loaded.
     teacher = _teacher(o.teacher, config) if o.teacher else None
+    o = dataclasses.replace(o, hidden_states=_hidden_states(o, config, teacher))
     work = Path(f"{destination.absolute().parent}/.{destination.name}.healing")
     arguments = _training_arguments(o, work, progress)
     windows, held = _prepare(work, model, config, teacher, o, resume, arguments)
@@ -169,6 +199,7 @@ def heal(
         trainer = HealingTrainer(
             teacher=teacher,
             divergence=o.divergence,
+            hidden_states=o.hidden_states,
             model=FinedeepForCausalLM.from_pretrained(model, dtype=torch.float32),
             args=arguments,
             # Without labels Trainer would take it that there is no loss to evaluate.
@@ -215,6 +246,23 @@ def _teacher(teacher: str, student: FinedeepConfig) -> PreTrainedModel:
         raise
     except (OSError, ValueError) as error:
         raise ConversionError(f"the teacher {teacher} cannot be loaded ({_one_line(error)}).") from error
+
+
+def _hidden_states(o: HealingOptions, student: FinedeepConfig, teacher: PreTrainedModel | None) -> float:
+    """Their weight. Raises `ConversionError` where one is wanted and the teacher's hidden states differ in shape."""
+    if teacher is None:
+        return 0.0
+    of_teacher = teacher.config.get_text_config()
+    shapes = [(c.num_hidden_layers, c.hidden_size) for c in (of_teacher, student)]
+    if shapes[0] == shapes[1]:
+        default = HIDDEN_STATES if o.divergence else 0.0
+        return default if o.hidden_states is None else o.hidden_states
+    if o.hidden_states:
+        raise ConversionError(
+            f"the teacher {o.teacher} has {shapes[0][0]} layers of size {shapes[0][1]} and the model {shapes[1][0]} of "
+            f"{shapes[1][1]}, so that hidden states cannot be compared; hidden_states=0 goes without."
+        )
+    return 0.0
 
 
 def _one_line(error: Exception) -> str:

@@ -56,6 +56,43 @@ def test_the_loss_is_the_mix_that_it_says(tmp_path, dense, cut, divergence):
     assert found == pytest.approx((1 - divergence) * own + divergence * rel_entr(p, q).sum(-1).mean(), rel=1e-4)
 
 
+@pytest.mark.parametrize(("step", "training", "weight"), [(0, True, 2.0), (30, True, 0.5), (0, False, 0.0)])
+def test_hidden_states_pull_less_and_less_and_only_in_training(tmp_path, dense, cut, step, training, weight):
+    """The distances in NumPy, of what hooks on the layers, and on the last one's norm, see."""
+    student, teacher = FinedeepForCausalLM.from_pretrained(cut), LlamaForCausalLM.from_pretrained(dense)
+    ids = torch.randint(256, (3, 20), generator=torch.Generator().manual_seed(0))
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    losses = []
+    for hidden_states in (0.0, 2.0):
+        trainer = HealingTrainer(
+            teacher=teacher, divergence=1.0, hidden_states=hidden_states, model=student, args=arguments
+        )
+        trainer.state.global_step, trainer.state.max_steps = step, 40
+        losses.append(trainer.compute_loss(student.train(training), {"input_ids": ids}).item())
+    seen = {student: [], teacher: []}
+    for model, outputs in seen.items():
+        for layer in (*model.model.layers[:-1], model.model.norm):
+            layer.register_forward_hook(lambda _, __, output, kept=outputs: kept.append(output.detach().numpy()))
+        model(ids)
+    distance = 0.0
+    for h, wanted in zip(seen[student], seen[teacher], strict=True):
+        for sequence in range(3):
+            for token in range(20):
+                off = h[sequence, token] - wanted[sequence, token]
+                distance += off @ off / (wanted[sequence, token] @ wanted[sequence, token]) / (2 * 60)
+    assert losses[1] - losses[0] == pytest.approx(weight * distance, rel=1e-4, abs=1e-7)
+
+
+def test_hidden_states_of_another_shape(tmp_path, cut):
+    """They are left alone, unless they were asked for."""
+    make_dense(tmp_path / "other", num_hidden_layers=3)
+    with pytest.raises(ConversionError, match=r"has 3 layers of size 32 and the model 2 of 32.*hidden_states=0 goes"):
+        heal(cut, tmp_path / "out", teacher=str(tmp_path / "other"), **QUICK, hidden_states=1.0)
+    assert not (tmp_path / ".out.healing").exists()
+    heal(cut, tmp_path / "out", teacher=str(tmp_path / "other"), **{**QUICK, "steps": 1})
+    assert json.loads((tmp_path / "out" / HEALING).read_text())["options"]["hidden_states"] == 0.0
+
+
 def test_healing_brings_the_model_nearer(tmp_path, dense, cut, capsys):
     out = tmp_path / "healed"
     arguments = ["heal", str(cut), str(out), "--teacher", str(dense), "--context", "32", "--steps", "100"]
@@ -223,6 +260,8 @@ def test_a_texts_windows_are_its_own(tmp_path, dense):
         ({"data": "self"}, "a teacher is wanted to sample the text from"),
         ({"data": "text", "divergence": 0.5}, r"a teacher is wanted for divergence=0\.5"),
         ({"teacher": "dense", "divergence": 2.0}, "is not between 0"),
+        ({"data": "text", "hidden_states": 1.0}, r"a teacher is wanted for hidden_states=1\.0"),
+        ({"teacher": "dense", "hidden_states": -1.0}, r"hidden_states=-1\.0 is no weight"),
         ({"teacher": "/no/such/teacher"}, "the teacher /no/such/teacher cannot be loaded"),
         ({"teacher": "dense", "data": "/no/such/text"}, "neither a text file nor a dataset that can be read"),
         ({"teacher": "dense", "steps": 0}, "steps=0 is not a whole number"),
