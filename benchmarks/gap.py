@@ -3,7 +3,8 @@
     python -m finedeep.benchmarks.gap CHECKPOINT TEXT --name stories260k
 
 cuts TEXT in two, calibrates on the first half (or on text sampled from CHECKPOINT), measures on the second, and adds a
-line for each rung to benchmarks/results/gap.jsonl. --render makes the tables of both READMEs from all lines.
+line for each rung to benchmarks/results/gap.jsonl. --render makes the tables of both READMEs and convert/gap.svg from
+all lines.
 
 Each rung is a command of its own, in a process of its own; its seconds are those of the whole command. The loss is the
 mean next-token loss in nats; the share of the gap is (cut - rung) / (cut - dense).
@@ -29,12 +30,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..version import __version__
+from .gap_curve import draw, left_of
 from .readme import put_into_readme
 from .results import markdown
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gap.jsonl"
 PAGE = ROOT / "convert" / "README.md"
+CURVE, CURVE_OF = ROOT / "convert" / "gap.svg", ("stories260k", "2x8")
 MOST_TOKENS = 100_000  # to measure on
 TEXTS = {"self": "sampled", "text": "real"}
 MATTER_OF_COURSE = ("--sublayers", "--experts", "--calibrate", "--teacher", "--data", "--seed")
@@ -67,6 +70,7 @@ def main() -> None:
     else:
         lines = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
         put_into_readme("gap", table_of(lines), PAGE)
+        draw([line for line in lines if (line["model"], line["shape"]) == CURVE_OF], CURVE)
         put_into_readme("gap", summary_of(lines))
 
 
@@ -195,11 +199,6 @@ def groups_of(lines: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], lis
     yield from sorted(means, key=lambda item: (*(item[0][name] for name in ("model", "shape")), item[0]["seconds"]))
 
 
-def share(line: dict[str, Any]) -> float:
-    """Of the gap between the plain cut and the dense model, what is closed."""
-    return (line["cut"] - line["loss"]) / (line["cut"] - line["dense"])
-
-
 def table_of(lines: list[dict[str, Any]]) -> str:
     """Everything that was measured: means over seeds, with the lowest and the highest share, and median seconds."""
     head = ["model", "M x K", "text", "rung", "options", "loss", "over dense", "of the gap closed"]
@@ -212,7 +211,7 @@ def table_of(lines: list[dict[str, Any]]) -> str:
             for name, gap in (("dense", ""), ("cut", "0 %")):
                 over = f"{mean[name] - mean['dense']:+.4f}"
                 rows.append([*place, "", name, "", f"{mean[name]:.4f}", over, gap, "", "", ""])
-        shares = [share(line) for line in found]
+        shares = [1 - left_of(line) for line in found]
         rows.append(
             [
                 *place,
@@ -241,7 +240,7 @@ def summary_of(lines: list[dict[str, Any]]) -> str:
     for mean, found in sorted(groups, key=lambda group: (len(group[1]), -group[0]["loss"])):
         row = rows.setdefault((mean["model"], mean["shape"]), {})
         row |= {name: f"{mean[name]:.3f}" for name in ("dense", "cut")}
-        closed = statistics.mean(share(line) for line in found)
+        closed = statistics.mean(1 - left_of(line) for line in found)
         row[mean["rung"]] = f"{mean['loss']:.3f} ({closed:.0%}, {mean['seconds'] / 60:.1f} min on {mean['threads']})"
     return markdown(head, [[*key, *(row.get(name, "") for name in head[2:])] for key, row in sorted(rows.items())], 2)
 

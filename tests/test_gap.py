@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from finedeep.benchmarks import gap
+from finedeep.benchmarks import gap, gap_curve
 from finedeep.benchmarks.readme import check_marks
 from transformers import LlamaForCausalLM
 
@@ -86,6 +86,20 @@ def test_rungs_run(tmp_path, dense, monkeypatch):
         ]
         assert x["seed"] == 3
     assert lines[1]["seconds"] > lines[0]["seconds"]
+
+
+def test_the_curve_counts_what_a_command_learns_from(tmp_path):
+    """What it gives, or the options' own defaults; and all runs on sampled text are drawn."""
+    heal, convert = line()["command"], "finedeep convert DENSE OUT --calibrate DATA"
+    assert gap_curve.tokens_of(line()) == 7 * 16 * 512
+    assert gap_curve.tokens_of(line(command=heal.replace("--seed", "--context 64 --batch-size 2 --seed"))) == 7 * 128
+    assert gap_curve.tokens_of(line(command=convert)) == 262_144
+    assert gap_curve.tokens_of(line(command=f"{convert} --calibration-tokens 4096 --seed 0")) == 4096
+    lines = [line(loss=1.25), line(rung="layer by layer", command=convert), line(source="text", rung="unknown")]
+    assert gap_curve.left_of(lines[0]) == 0.25
+    gap_curve.draw(lines, tmp_path / "gap.svg")
+    content = (tmp_path / "gap.svg").read_text(encoding="utf-8")
+    assert all(words in content for words in ("92 % closed", "layer by layer", "tokens learnt from"))
 
 
 def test_the_pages_have_their_places():

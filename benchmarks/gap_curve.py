@@ -1,0 +1,60 @@
+"""The figure of what is left of the gap: against the tokens learnt from, and against the seconds it took."""
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ..convert.healing import HealingOptions
+from ..convert.plan import Options
+from ..eval.plots import STYLE
+
+WANTED = {"92 % closed": 0.08, "0.02 nats": None}  # of a gap; None: 0.02 nats over it
+MARKERS = {"closed form": "^", "layer by layer": "o", "healed": "s", "healed longer": "D"}
+COLOURS = ("#767676", "#0b6e99")  # a loss without hidden states, all else
+
+
+def tokens_of(line: dict[str, Any]) -> int:
+    """How many tokens, seen again or not, a line's own command learns from."""
+    given = {name.replace("-", "_"): int(n) for name, n in re.findall(r"--([a-z-]+) (\d+)(?= |$)", line["command"])}
+    if " heal " in line["command"]:
+        return math.prod(given.get(name, getattr(HealingOptions, name)) for name in ("steps", "batch_size", "context"))
+    return given.get("calibration_tokens", Options.calibration_tokens)
+
+
+def left_of(line: dict[str, Any]) -> float:
+    """The share of the gap that is not closed."""
+    return (line["loss"] - line["dense"]) / (line["cut"] - line["dense"])
+
+
+def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
+    """Every run on sampled text that is in `lines`, all of one model and shape, as an SVG."""
+    lines = [line for line in lines if line["source"] == "self"]
+    gap = lines[0]["cut"] - lines[0]["dense"]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8, 3.4), layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(1, 2, sharey=True)
+        sides = {"tokens learnt from": tokens_of, "seconds, times cores": lambda x: x["seconds"] * x["threads"]}
+        for axes, (label, x) in zip(panels, sides.items(), strict=True):
+            for name, share in WANTED.items():
+                y = 100 * (share or 0.02 / gap)
+                axes.axhline(y, color="#bbbbbb", linewidth=1)
+                axes.annotate(name, (0.01, y), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
+            for rung, marker in MARKERS.items():
+                found = [line for line in lines if line["rung"] == rung]
+                colours = [COLOURS["--hidden-states 0" not in line["command"]] for line in found]
+                axes.scatter([x(line) for line in found], [100 * left_of(line) for line in found], 22, colours, marker)
+                axes.scatter([], [], 22, COLOURS[1], marker, label=rung)
+            axes.set(xscale="log", yscale="log", xlabel=label)
+            axes.set_yticks([2, 5, 10, 20, 50], ["2", "5", "10", "20", "50"], minor=False)
+            axes.minorticks_off()
+        panels[0].set_ylabel("% of the gap left")
+        panels[1].scatter([], [], 22, COLOURS[0], "s", label="without hidden states")
+        panels[1].legend(frameon=False, fontsize=8)
+        figure.savefig(path, metadata={"Date": None})
