@@ -12,7 +12,8 @@ from .errors import ConversionError
 SELF = "self"
 HELD_OUT = 1 / 16  # of the windows
 WINDOW = 512  # tokens, or as many as the model has positions for
-CACHE = 2**30  # bytes of keys and values of the texts that are sampled at a time
+AT_A_TIME = 512  # texts that are sampled, at most, and bytes of their keys and values, on a CPU and elsewhere:
+CACHE, CACHE_OF_ACCELERATORS = 2**30, 2**32
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 CHARACTERS = 16  # that a token is long at most, on average: what of a text is read
 
@@ -88,7 +89,6 @@ def text_windows(folder: Path, text: Path, config: object, tokens: int) -> torch
     return windows[torch.linspace(0, len(windows) - 1, number).long()]
 
 
-@torch.inference_mode()
 def sampled_windows(
     model: PreTrainedModel, tokens: int, seed: int, progress: bool, length: int | None = None
 ) -> torch.Tensor:
@@ -97,27 +97,45 @@ def sampled_windows(
     A model that has no BOS begins each window with a token drawn at random, as does
     LLM-QAT (arXiv:2305.17888), from which the idea is.
     """
+    return torch.cat(sampled_batches(model, tokens, seed, progress, length))
+
+
+@torch.inference_mode()
+def sampled_batches(
+    model: PreTrainedModel,
+    tokens: int,
+    seed: int,
+    progress: bool,
+    length: int | None = None,
+    process: int = 0,
+    processes: int = 1,
+) -> list[torch.Tensor]:
+    """Those batches of `sampled_windows` that a process samples: with several, they take turns.
+
+    Each batch has a seed of its own, so that it is the same whoever samples it.
+    """
     # The checkpoint's own may have penalties, which would make another text than the model's.
     model.generation_config = GenerationConfig()
     config = model.config
     length = length or window_of(config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * model.dtype.itemsize
-    at_a_time = max(1, CACHE // (per_token * length))
+    cache = CACHE if model.device.type == "cpu" else CACHE_OF_ACCELERATORS
+    at_a_time = min(AT_A_TIME, max(1, cache // (per_token * length)))
     number = max(2, tokens // length)
-    found = []
+    sizes = [min(at_a_time, number - done) for done in range(0, number, at_a_time)]
     generator = torch.Generator().manual_seed(seed)
+    seeds = torch.randint(2**63 - 1, (len(sizes),), generator=generator).tolist()
+    mine = list(zip(sizes, seeds, strict=True))[process::processes]
+    total = sum(size for size, _ in mine) * length
+    found = []
     with (
         torch.random.fork_rng(),
-        tqdm(
-            total=number * length, desc="Sampling", unit="tok", unit_scale=True, disable=None if progress else True
-        ) as bar,
+        tqdm(total=total, desc="Sampling", unit="tok", unit_scale=True, disable=None if progress else True) as bar,
     ):
-        torch.manual_seed(seed)
-        while number:
-            batch = min(number, at_a_time)
-            number -= batch
-            first = torch.randint(config.vocab_size, (batch, 1), generator=generator)
+        for size, own_seed in mine:
+            torch.manual_seed(own_seed)
+            first = torch.randint(config.vocab_size, (size, 1), generator=generator.manual_seed(own_seed))
             if config.bos_token_id is not None:
                 first.fill_(config.bos_token_id)
             first = first.to(model.device)
@@ -139,7 +157,7 @@ def sampled_windows(
             )
             found.append(texts.cpu())
             bar.update(texts.numel())
-    return torch.cat(found)
+    return found
 
 
 def _generate(model: PreTrainedModel, first: torch.Tensor, **how: Any) -> torch.Tensor:

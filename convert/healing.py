@@ -161,6 +161,12 @@ def is_main_process() -> bool:
     return PartialState().is_main_process
 
 
+def _wait_for_all() -> None:
+    from accelerate import PartialState
+
+    PartialState().wait_for_everyone()
+
+
 def heal(
     model: str | Path,
     destination: str | Path,
@@ -311,25 +317,26 @@ def _prepare(
     resume: bool,
     arguments: TrainingArguments,
 ) -> tuple[torch.Tensor, int]:
-    """The windows (number, context), and how many of them, the first ones, are held out. The first process makes them.
+    """The windows (number, context), and how many of them, the first ones, are held out. The first process saves them.
 
     Raises:
         ConversionError: there are fewer than two, or a stopped run stands in the way.
     """
     fresh = not work.exists()
+    path, process = work / WINDOWS, arguments.process_index
     try:
         with arguments.main_process_first(local=False, desc="preparing"):
-            if arguments.process_index == 0:
+            if process == 0:
                 _begin(work, {"model": str(model.resolve()), **dataclasses.asdict(o)}, resume)
-            path = work / WINDOWS
-            if not path.exists():
-                sampler = teacher.to(arguments.device) if teacher is not None else None
-                progress = not arguments.disable_tqdm
-                found = healing_windows(
-                    o.data, model, config.vocab_size, o.context, o.tokens, sampler, o.seed, progress
-                )
+            missing = not path.exists()
+        if missing and (process == 0 or o.data == SELF):  # sampling is shared out
+            sampler = teacher.to(arguments.device) if teacher is not None else None
+            progress = not arguments.disable_tqdm and process == 0
+            found = healing_windows(o.data, model, config.vocab_size, o.context, o.tokens, sampler, o.seed, progress)
+            if process == 0:
                 save_whole({"windows": found.contiguous()}, path)
-            windows = load_file(path)["windows"]
+        _wait_for_all()
+        windows = load_file(path)["windows"]
         held = held_out(windows)
         if len(windows) <= held:
             raise ConversionError(

@@ -1,14 +1,14 @@
 """Packed token windows for healing: of a text file, of a dataset, or sampled from the teacher."""
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from .calibration_text import SELF, check_vocabulary, read_tokens, sampled_windows, tokenizer_in, window_of
+from .calibration_text import SELF, check_vocabulary, read_tokens, sampled_batches, tokenizer_in, window_of
 from .errors import ConversionError
 
 COLUMN = "text"
@@ -28,6 +28,8 @@ def healing_windows(
 ) -> torch.Tensor:
     """(windows, context) token ids, up to `tokens` of them, in an order whose beginning can be held out.
 
+    Of several processes each samples its share: where there is sampling to do, all of them have to call this.
+
     Args:
         data: 'self', a text file, or a dataset as `datasets.load_dataset` takes it, with a column `text`;
             NAME:CONFIG and NAME:CONFIG:SPLIT name a configuration and a split.
@@ -43,9 +45,17 @@ def healing_windows(
         ConversionError: the data cannot be read.
     """
     if data == SELF:
+        from accelerate import PartialState
+        from accelerate.utils import gather_object
+
         # Cut from longer texts: short windows would otherwise be beginnings of texts, all of them.
         length = min(WINDOWS_OF_A_TEXT, max(1, window_of(teacher.config) // context)) * context
-        return sampled_windows(teacher, tokens, seed, progress, length).view(-1, context)
+        state = PartialState()
+        mine = sampled_batches(
+            teacher, tokens, seed, progress, length, process=state.process_index, processes=state.num_processes
+        )
+        turns = zip_longest(*gather_object([mine]))
+        return torch.cat([batch for turn in turns for batch in turn if batch is not None]).view(-1, context)
     if Path(data).is_file():
         ids = read_tokens(folder, Path(data), vocabulary, tokens)
     else:

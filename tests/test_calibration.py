@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_dense
-from finedeep.convert import ConversionError, convert_checkpoint
+from finedeep.convert import ConversionError, calibration_text, convert_checkpoint
 from finedeep.convert.activity import activity_on, nonlinearity_on
 from finedeep.convert.blockwise import error_of, fit, logit_divergence, stream_error
 from finedeep.convert.calibration import LAYER, Calibration
-from finedeep.convert.calibration_text import sampled_windows, text_windows
+from finedeep.convert.calibration_text import sampled_batches, sampled_windows, text_windows
 from finedeep.convert.closed_form import correct
 from finedeep.convert.destination import unfinished_folder
 from finedeep.convert.hashing import sha256
@@ -433,6 +433,17 @@ def test_sampled_windows(dense):
     assert not torch.equal(windows, sampled_windows(model, 1024, seed=4, progress=False))
     model.config.bos_token_id = model.generation_config.bos_token_id = None
     assert len(sampled_windows(model, 1024, seed=3, progress=False)[:, 0].unique()) > 4
+
+
+def test_processes_take_turns_at_sampling(dense, monkeypatch):
+    """What two of them sample is what one samples, batch by batch."""
+    monkeypatch.setattr(calibration_text, "AT_A_TIME", 3)
+    model = LlamaForCausalLM.from_pretrained(dense)
+    alone = sampled_batches(model, 1024, seed=3, progress=False)
+    first, second = (sampled_batches(model, 1024, 3, False, process=process, processes=2) for process in range(2))
+    assert [len(batch) for batch in alone] == [3, 3, 2]
+    assert all(map(torch.equal, alone, [first[0], second[0], first[1]]))
+    assert not torch.equal(alone[0], alone[1])
 
 
 @torch.no_grad()

@@ -192,17 +192,18 @@ def test_a_stopped_run_goes_on(tmp_path, dense, cut, monkeypatch):
 
 
 def test_two_processes(tmp_path, dense, cut):
-    """By the launcher: each process sees its own half of every batch, and one folder is written."""
+    """By the launcher: each process samples its share and sees its half of every batch, and one folder is written."""
+    data = {"tokens": 20_480, "context": 8}  # 640 texts, more than are sampled at a time
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "finedeep_cli"]
     words += ["heal", str(cut), str(tmp_path / "two"), "--teacher", str(dense), "--batch-size", "2", "--quiet"]
-    words += ["--tokens", "4096", "--context", "32", "--steps", "6"]
+    words += ["--tokens", str(data["tokens"]), "--context", str(data["context"]), "--steps", "6"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     receipt = json.loads((tmp_path / "two" / HEALING).read_text())
-    assert receipt["tokens_seen"] == 6 * 2 * 2 * 32
+    assert receipt["tokens_seen"] == 6 * 2 * 2 * 8
     assert [path.name for path in tmp_path.iterdir()] == ["two"]
-    one = heal(cut, tmp_path / "one", teacher=str(dense), **{**QUICK, "steps": 6})
+    one = heal(cut, tmp_path / "one", teacher=str(dense), **{**QUICK, **data, "steps": 6})
     said = receipt["held_out_nats_per_token"]
     assert said["before"] == pytest.approx(one.before, rel=1e-5)
     assert said["after"] == pytest.approx(one.after, rel=1e-4)
