@@ -40,7 +40,7 @@ PAGE = ROOT / "convert" / "README.md"
 CURVE, CURVE_OF = ROOT / "convert" / "gap.svg", ("stories260k", "2x8")
 MOST_TOKENS = 100_000  # to measure on
 TEXTS = {"self": "sampled", "text": "real"}
-MATTER_OF_COURSE = ("--sublayers", "--experts", "--calibrate", "--teacher", "--data", "--seed")
+MATTER_OF_COURSE = ("--standalone", "--sublayers", "--experts", "--calibrate", "--teacher", "--data", "--seed")
 
 
 def main() -> None:
@@ -59,6 +59,7 @@ def main() -> None:
     option("--convert", default="", metavar="ARGUMENTS", help="more arguments of `finedeep convert`")
     option("--heal", default="", metavar="ARGUMENTS", help="more arguments of `finedeep heal`")
     option("--heal-longer", default="", metavar="ARGUMENTS", help="those of the longer one")
+    option("--processes", type=int, default=1, help="that heal together and share the threads (default: 1)")
     option("--render", action="store_true", help="only make the page anew")
     arguments = parser.parse_args()
     if not arguments.render:
@@ -140,10 +141,12 @@ def climb(
             word for part in parts for word in more.get(part, [part.format(**place)] if part not in more else [])
         ]
         command += ["--seed", str(seed)]
+        processes = arguments.processes if parts[0] == "heal" else 1
         begin = time.perf_counter()
-        run(command)
+        run(command, processes)
         seconds[rung] = time.perf_counter() - begin + seconds[start]
         names = {value: name.upper() for name, value in place.items()}
+        launcher = ["finedeep"] if processes == 1 else launched(processes)
         yield {
             "model": arguments.name,
             "shape": shape,
@@ -155,18 +158,25 @@ def climb(
             "dense": dense,
             "cut": cut,
             "tokens": windows.numel(),
-            "command": " ".join(["finedeep", *(names.get(word, word) for word in command)]),
+            "command": " ".join([*launcher, *(names.get(word, word) for word in command)]),
             "threads": torch.get_num_threads(),
             "processor": platform.machine(),
             "versions": {"finedeep": __version__, "torch": torch.__version__},
         }
 
 
-def run(command: list[Any]) -> None:
-    """A `finedeep` command in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    words = [sys.executable, "-m", "finedeep_cli", *map(str, command), "--quiet"]
-    subprocess.run(words, check=True, env=environment)
+def run(command: list[Any], processes: int = 1) -> None:
+    """A `finedeep` command in a process of its own, or in several that share the threads."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // processes))}
+    start = [sys.executable, "-m", "finedeep_cli"]
+    if processes > 1:
+        start = [sys.executable, "-m", "torch.distributed.run", *launched(processes)[1:]]
+    subprocess.run([*start, *map(str, command), "--quiet"], check=True, env=environment)
+
+
+def launched(processes: int) -> list[str]:
+    """How several processes on one machine are begun."""
+    return ["torchrun", "--standalone", "--nproc-per-node", str(processes), "-m", "finedeep_cli"]
 
 
 @torch.no_grad()

@@ -23,7 +23,8 @@ def tokens_of(line: dict[str, Any]) -> int:
     """How many tokens, seen again or not, a line's own command learns from."""
     given = {name.replace("-", "_"): int(n) for name, n in re.findall(r"--([a-z-]+) (\d+)(?= |$)", line["command"])}
     if " heal " in line["command"]:
-        return math.prod(given.get(name, getattr(HealingOptions, name)) for name in ("steps", "batch_size", "context"))
+        sizes = (given.get(name, getattr(HealingOptions, name)) for name in ("steps", "batch_size", "context"))
+        return math.prod(sizes) * given.get("nproc_per_node", 1)
     return given.get("calibration_tokens", Options.calibration_tokens)
 
 

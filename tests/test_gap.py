@@ -76,7 +76,7 @@ def test_rungs_run(tmp_path, dense, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gap", str(dense), str(tmp_path / "text.txt"), "--name", "tiny", *few])
     ran = []
     run = gap.run
-    monkeypatch.setattr(gap, "run", lambda command: (ran.append(command), run(command)))
+    monkeypatch.setattr(gap, "run", lambda command, *more: (ran.append(command), run(command, *more)))
     gap.main()
     lines = [json.loads(text) for text in (tmp_path / "gap.jsonl").read_text().splitlines()]
     assert [(x["source"], x["rung"]) for x in lines] == [("text", "layer by layer"), ("text", "healed")]
@@ -95,6 +95,7 @@ def test_the_curve_counts_what_a_command_learns_from(tmp_path):
     assert gap_curve.tokens_of(line(command=heal.replace("--seed", "--context 64 --batch-size 2 --seed"))) == 7 * 128
     assert gap_curve.tokens_of(line(command=convert)) == 262_144
     assert gap_curve.tokens_of(line(command=f"{convert} --calibration-tokens 4096 --seed 0")) == 4096
+    assert gap_curve.tokens_of(line(command=" ".join([*gap.launched(2), *heal.split()[1:]]))) == 2 * 7 * 16 * 512
     lines = [line(loss=1.25), line(rung="layer by layer", command=convert), line(source="text", rung="unknown")]
     assert gap_curve.left_of(lines[0]) == 0.25
     gap_curve.draw(lines, tmp_path / "gap.svg")
