@@ -289,7 +289,8 @@ def _training_arguments(o: HealingOptions, work: Path, progress: bool) -> Traini
         "logging_steps": often,
         "save_steps": often,
         "eval_on_start": True,
-        "ddp_timeout": 6 * 3600,  # others wait while the first process samples
+        "ddp_timeout": 6 * 3600,  # others wait while the first process reads a text
+        "ddp_find_unused_parameters": False,
         "save_total_limit": 1,
         "seed": o.seed,
         "use_cpu": not torch.accelerator.is_available(),

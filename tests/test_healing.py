@@ -20,6 +20,7 @@ from finedeep_cli import heal_command, main
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
+TESTS = Path(__file__).parent
 QUICK = {"tokens": 4096, "context": 32, "steps": 12, "batch_size": 4, "progress": False}
 
 
@@ -191,10 +192,18 @@ def test_a_stopped_run_goes_on(tmp_path, dense, cut, monkeypatch):
         torch.testing.assert_close(load_file(tmp_path / "out/model.safetensors")[name], tensor, rtol=0, atol=1e-6)
 
 
-def test_two_processes(tmp_path, dense, cut):
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "finedeep_cli")
+FSDP2 = (
+    *("accelerate.commands.launch", "--config_file", str(TESTS.parent / "examples/launch/fsdp2.yaml")),
+    *("--num_processes=2", "--mixed_precision=no", str(TESTS / "processes/healed_fsdp2.py")),
+)
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, pytest.param(FSDP2, marks=pytest.mark.slow)], ids=["ddp", "fsdp2"])
+def test_two_processes(tmp_path, dense, cut, launcher):
     """By the launcher: each process samples its share and sees its half of every batch, and one folder is written."""
     data = {"tokens": 20_480, "context": 8}  # 640 texts, more than are sampled at a time
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "finedeep_cli"]
+    words = [sys.executable, "-m", *launcher]
     words += ["heal", str(cut), str(tmp_path / "two"), "--teacher", str(dense), "--batch-size", "2", "--quiet"]
     words += ["--tokens", str(data["tokens"]), "--context", str(data["context"]), "--steps", "6"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
