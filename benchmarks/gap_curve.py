@@ -20,7 +20,7 @@ COLOURS = ("#767676", "#0b6e99")  # a loss without hidden states, all else
 
 
 def tokens_of(line: dict[str, Any]) -> int:
-    """How many tokens, seen again or not, a line's own command learns from."""
+    """How many tokens a line's own command learns from: of healing those of all steps, a token counting each time."""
     given = {name.replace("-", "_"): int(n) for name, n in re.findall(r"--([a-z-]+) (\d+)(?= |$)", line["command"])}
     if " heal " in line["command"]:
         sizes = (given.get(name, getattr(HealingOptions, name)) for name in ("steps", "batch_size", "context"))

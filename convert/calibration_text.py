@@ -12,8 +12,9 @@ from .errors import ConversionError
 SELF = "self"
 HELD_OUT = 1 / 16  # of the windows
 WINDOW = 512  # tokens, or as many as the model has positions for
-AT_A_TIME = 512  # texts that are sampled, at most, and bytes of their keys and values, on a CPU and elsewhere:
-CACHE, CACHE_OF_ACCELERATORS = 2**30, 2**32
+AT_A_TIME = 512  # texts that are sampled, at most
+CACHE = 2**30  # bytes of their keys and values, at most, on a CPU
+CACHE_OF_ACCELERATORS = 2**32
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 CHARACTERS = 16  # that a token is long at most, on average: what of a text is read
 
@@ -120,7 +121,8 @@ def sampled_batches(
     length = length or window_of(config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * model.dtype.itemsize
-    cache = CACHE if model.device.type == "cpu" else CACHE_OF_ACCELERATORS
+    on_cpu = model.device.type == "cpu"
+    cache = CACHE if on_cpu else CACHE_OF_ACCELERATORS
     at_a_time = min(AT_A_TIME, max(1, cache // (per_token * length)))
     number = max(2, tokens // length)
     sizes = [min(at_a_time, number - done) for done in range(0, number, at_a_time)]
@@ -130,12 +132,12 @@ def sampled_batches(
     total = sum(size for size, _ in mine) * length
     found = []
     with (
-        torch.random.fork_rng(),
+        torch.random.fork_rng([] if on_cpu else [model.device]),
         tqdm(total=total, desc="Sampling", unit="tok", unit_scale=True, disable=None if progress else True) as bar,
     ):
         for size, own_seed in mine:
             torch.manual_seed(own_seed)
-            first = torch.randint(config.vocab_size, (size, 1), generator=generator.manual_seed(own_seed))
+            first = torch.randint(config.vocab_size, (size, 1))
             if config.bos_token_id is not None:
                 first.fill_(config.bos_token_id)
             first = first.to(model.device)
@@ -154,6 +156,7 @@ def sampled_batches(
                 pad_token_id=0,
                 cache_implementation="static",  # nothing is copied as the texts grow
                 disable_compile=True,
+                synced_gpus=False,  # processes may have different numbers of batches
             )
             found.append(texts.cpu())
             bar.update(texts.numel())

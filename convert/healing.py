@@ -122,12 +122,18 @@ class HealingTrainer(Trainer):
         if self.teacher is not None:
             with torch.no_grad():
                 of_teacher = self.teacher(**ask)
-                wanted = of_teacher.logits.float().log_softmax(-1)
+                wanted, states = of_teacher.logits.float().log_softmax(-1), of_teacher.hidden_states
+                del of_teacher  # and its logits
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.divergence > 0):
                 divergence = nn.functional.kl_div(logits.log_softmax(-1), wanted, log_target=True, reduction="none")
                 parts["divergence"] = divergence.sum(-1).mean()
             if pull:
-                parts["hidden_states"] = hidden_state_distance(outputs.hidden_states, of_teacher.hidden_states)
+                if torch.is_grad_enabled() and not outputs.hidden_states[1].requires_grad:
+                    raise ConversionError(
+                        "activation checkpointing with use_reentrant=true cuts hidden states off from the gradient: "
+                        "--set 'gradient_checkpointing_kwargs={\"use_reentrant\": false}', or --hidden-states 0."
+                    )
+                parts["hidden_states"] = hidden_state_distance(outputs.hidden_states, states)
         for name, value in parts.items():
             name = name if model.training else f"eval_{name}"
             self.sums[name] = self.sums.get(name, 0) + torch.stack([value.detach(), torch.ones_like(value)]) * len(ids)
@@ -150,8 +156,12 @@ def hidden_state_distance(student: Sequence[torch.Tensor], teacher: Sequence[tor
     Args: as models return them, the embeddings and each layer's output, the last after the final norm; (batch, seq,
     hidden) each.
     """
-    pairs = [(h.float(), wanted.float()) for h, wanted in zip(student[1:], teacher[1:], strict=True)]
-    return sum(((h - wanted).pow(2).sum(-1) / wanted.pow(2).sum(-1)).mean() for h, wanted in pairs) / len(pairs)
+    distances = []
+    for h, wanted in zip(student[1:], teacher[1:], strict=True):
+        size = wanted.float().pow(2).sum(-1)
+        size = size.clamp_min(1e-4 * size.mean())  # of a padding token's embedding, which may be 0
+        distances.append(((h.float() - wanted).pow(2).sum(-1) / size).mean())
+    return torch.stack(distances).mean()
 
 
 def is_main_process() -> bool:
@@ -161,10 +171,11 @@ def is_main_process() -> bool:
     return PartialState().is_main_process
 
 
-def _wait_for_all() -> None:
-    from accelerate import PartialState
+def _of_first_process(value: Any) -> Any:
+    """What the first process has, in all of them: each waits for it."""
+    from accelerate.utils import broadcast_object_list
 
-    PartialState().wait_for_everyone()
+    return broadcast_object_list([value])[0]
 
 
 def heal(
@@ -200,6 +211,11 @@ def heal(
     o = dataclasses.replace(o, hidden_states=_hidden_states(o, config, teacher))
     work = Path(f"{destination.absolute().parent}/.{destination.name}.healing")
     arguments = _training_arguments(o, work, progress)
+    if arguments.n_gpu > 1 and o.hidden_states:
+        raise ConversionError(
+            f"{arguments.n_gpu} devices are seen by one process; one process for each is wanted: accelerate launch -m "
+            "finedeep_cli heal ... (or CUDA_VISIBLE_DEVICES=0 for one alone)."
+        )
     windows, held = _prepare(work, model, config, teacher, o, resume, arguments)
     with without_loading_bars():
         trainer = HealingTrainer(
@@ -326,18 +342,17 @@ def _prepare(
     fresh = not work.exists()
     path, process = work / WINDOWS, arguments.process_index
     try:
-        with arguments.main_process_first(local=False, desc="preparing"):
-            if process == 0:
-                _begin(work, {"model": str(model.resolve()), **dataclasses.asdict(o)}, resume)
-            missing = not path.exists()
-        if missing and (process == 0 or o.data == SELF):  # sampling is shared out
+        if process == 0:
+            _begin(work, {"model": str(model.resolve()), **dataclasses.asdict(o)}, resume)
+        if _of_first_process(not path.exists()) and (process == 0 or o.data == SELF):  # sampling is shared out
             sampler = teacher.to(arguments.device) if teacher is not None else None
             progress = not arguments.disable_tqdm and process == 0
             found = healing_windows(o.data, model, config.vocab_size, o.context, o.tokens, sampler, o.seed, progress)
             if process == 0:
                 save_whole({"windows": found.contiguous()}, path)
-        _wait_for_all()
+        _of_first_process(None)  # has saved them
         windows = load_file(path)["windows"]
+        _of_first_process(None)  # removes them where there are too few
         held = held_out(windows)
         if len(windows) <= held:
             raise ConversionError(

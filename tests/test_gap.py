@@ -88,6 +88,17 @@ def test_rungs_run(tmp_path, dense, monkeypatch):
     assert lines[1]["seconds"] > lines[0]["seconds"]
 
 
+def test_several_processes_share_the_threads(monkeypatch):
+    ran = []
+    monkeypatch.setattr(gap.subprocess, "run", lambda words, **how: ran.append((words, how["env"]["OMP_NUM_THREADS"])))
+    monkeypatch.setattr(gap.torch, "get_num_threads", lambda: 4)
+    gap.run(["heal", "a"], 2)
+    gap.run(["heal", "a"])
+    assert [threads for _, threads in ran] == ["2", "4"]
+    assert ran[0][0][1:] == ["-m", "torch.distributed.run", *gap.launched(2)[1:], "heal", "a", "--quiet"]
+    assert ran[1][0][1:] == ["-m", "finedeep_cli", "heal", "a", "--quiet"]
+
+
 def test_the_curve_counts_what_a_command_learns_from(tmp_path):
     """What it gives, or the options' own defaults; and all runs on sampled text are drawn."""
     heal, convert = line()["command"], "finedeep convert DENSE OUT --calibrate DATA"

@@ -13,7 +13,7 @@ from conftest import make_dense
 from finedeep import FinedeepForCausalLM
 from finedeep.convert import ConversionError, convert_checkpoint
 from finedeep.convert.calibration_text import sampled_windows
-from finedeep.convert.healing import HEALING, HealingOptions, HealingTrainer, heal
+from finedeep.convert.healing import HEALING, HIDDEN_STATES, HealingOptions, HealingTrainer, heal, hidden_state_distance
 from finedeep.convert.healing_data import healing_windows
 from finedeep.convert.receipt import RECEIPT
 from finedeep_cli import heal_command, main
@@ -59,7 +59,7 @@ def test_the_loss_is_the_mix_that_it_says(tmp_path, dense, cut, divergence):
 
 @pytest.mark.parametrize(("step", "training", "weight"), [(0, True, 2.0), (30, True, 0.5), (0, False, 0.0)])
 def test_hidden_states_pull_less_and_less_and_only_in_training(tmp_path, dense, cut, step, training, weight):
-    """The distances in NumPy, of what hooks on the layers, and on the last one's norm, see."""
+    """Values and gradients, against plain loops over what hooks on the layers, and on the last one's norm, see."""
     student, teacher = FinedeepForCausalLM.from_pretrained(cut), LlamaForCausalLM.from_pretrained(dense)
     ids = torch.randint(256, (3, 20), generator=torch.Generator().manual_seed(0))
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
@@ -69,19 +69,41 @@ def test_hidden_states_pull_less_and_less_and_only_in_training(tmp_path, dense, 
             teacher=teacher, divergence=1.0, hidden_states=hidden_states, model=student, args=arguments
         )
         trainer.state.global_step, trainer.state.max_steps = step, 40
-        losses.append(trainer.compute_loss(student.train(training), {"input_ids": ids}).item())
+        losses.append(trainer.compute_loss(student.train(training), {"input_ids": ids}))
     seen = {student: [], teacher: []}
     for model, outputs in seen.items():
         for layer in (*model.model.layers[:-1], model.model.norm):
-            layer.register_forward_hook(lambda _, __, output, kept=outputs: kept.append(output.detach().numpy()))
+            layer.register_forward_hook(lambda _, __, output, kept=outputs: kept.append(output))
         model(ids)
     distance = 0.0
     for h, wanted in zip(seen[student], seen[teacher], strict=True):
         for sequence in range(3):
             for token in range(20):
-                off = h[sequence, token] - wanted[sequence, token]
-                distance += off @ off / (wanted[sequence, token] @ wanted[sequence, token]) / (2 * 60)
-    assert losses[1] - losses[0] == pytest.approx(weight * distance, rel=1e-4, abs=1e-7)
+                off = h[sequence, token] - wanted[sequence, token].detach()
+                distance = distance + off @ off / (wanted[sequence, token].detach().norm() ** 2 * 2 * 60)
+    assert (losses[1] - losses[0]).item() == pytest.approx(weight * distance.item(), rel=1e-4, abs=1e-7)
+    weights = student.model.layers[0].sublayers[0].gate_proj.weight
+    found, expected = (torch.autograd.grad(x, weights)[0] for x in (losses[1] - losses[0], weight * distance))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * distance.item())
+
+
+def test_hidden_states_that_checkpointing_cuts_off(tmp_path, dense, cut):
+    """What versions of transformers that checkpoint a whole layer, with use_reentrant=True, return."""
+    student, teacher = FinedeepForCausalLM.from_pretrained(cut), LlamaForCausalLM.from_pretrained(dense)
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    trainer = HealingTrainer(teacher=teacher, divergence=1.0, hidden_states=1.0, model=student, args=arguments)
+    student.model.layers[0].register_forward_hook(lambda _, __, output: output.detach())
+    student.model.embed_tokens.requires_grad_(False)
+    with pytest.raises(ConversionError, match="use_reentrant=true cuts hidden states off"):
+        trainer.compute_loss(student.train(), {"input_ids": torch.arange(40).view(2, 20)})
+
+
+def test_a_token_whose_states_are_zero():
+    """As a padding token's may be: its distance is finite, and so are the others'."""
+    wanted, h = torch.ones(2, 3, 4), torch.full((2, 3, 4), 1.5)
+    wanted[0, 0] = 0.0
+    found = hidden_state_distance([h, h, h], [wanted, wanted, wanted])
+    assert found.item() == pytest.approx((5 * 0.25 + 4 * 1.5**2 / (1e-4 * 4 * 5 / 6)) / 6)
 
 
 def test_hidden_states_of_another_shape(tmp_path, cut):
@@ -103,6 +125,7 @@ def test_healing_brings_the_model_nearer(tmp_path, dense, cut, capsys):
     before, after = (receipt["held_out_nats_per_token"][when]["divergence"] for when in ("before", "after"))
     assert after < 0.7 * before
     assert receipt["tokens_seen"] == 100 * 16 * 32
+    assert receipt["options"]["hidden_states"] == HIDDEN_STATES
     assert [path.name for path in tmp_path.iterdir()] == ["healed"]
     names = {path.name for path in cut.iterdir()} | {HEALING}
     assert {path.name for path in out.iterdir()} == names
@@ -195,14 +218,19 @@ def test_a_stopped_run_goes_on(tmp_path, dense, cut, monkeypatch):
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "finedeep_cli")
 FSDP2 = (
     *("accelerate.commands.launch", "--config_file", str(TESTS.parent / "examples/launch/fsdp2.yaml")),
-    *("--num_processes=2", "--mixed_precision=no", str(TESTS / "processes/healed_fsdp2.py")),
+    *(
+        "--num_processes=2",
+        "--mixed_precision=no",
+        "--fsdp_cpu_ram_efficient_loading=false",
+        str(TESTS / "processes/healed_fsdp2.py"),
+    ),
 )
 
 
 @pytest.mark.parametrize("launcher", [TORCHRUN, pytest.param(FSDP2, marks=pytest.mark.slow)], ids=["ddp", "fsdp2"])
 def test_two_processes(tmp_path, dense, cut, launcher):
     """By the launcher: each process samples its share and sees its half of every batch, and one folder is written."""
-    data = {"tokens": 20_480, "context": 8}  # 640 texts, more than are sampled at a time
+    data = {"tokens": 51_200, "context": 8}  # 1,600 texts, in four batches
     words = [sys.executable, "-m", *launcher]
     words += ["heal", str(cut), str(tmp_path / "two"), "--teacher", str(dense), "--batch-size", "2", "--quiet"]
     words += ["--tokens", str(data["tokens"]), "--context", str(data["context"]), "--steps", "6"]
@@ -294,6 +322,13 @@ def test_a_model_that_has_diverged_is_not_saved(tmp_path, dense, cut):
     with pytest.raises(ConversionError, match=r"training has diverged.* lower than 1e\+30 is wanted"):
         heal(cut, tmp_path / "out", teacher=str(dense), **{**QUICK, "learning_rate": 1e30})
     assert not (tmp_path / "out").exists()
+
+
+def test_one_process_with_several_devices(tmp_path, dense, cut, monkeypatch):
+    """It would go through DataParallel, whose replicas do not give hidden states."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda _: 2))
+    with pytest.raises(ConversionError, match=r"2 devices are seen by one process.*accelerate launch"):
+        heal(cut, tmp_path / "out", teacher=str(dense), **QUICK)
 
 
 def test_a_teacher_of_another_vocabulary(tmp_path, cut):
