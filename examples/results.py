@@ -3,7 +3,7 @@
     python examples/results.py
 
 A log is SIZE/MODEL/RATE-SEED.jsonl, as examples/grid.py names it. Of each model that learning rate counts with which it
-has the lowest loss on held-out text, of the seeds that all its rates have.
+has the lowest loss on held-out text; two rates are compared over the seeds that both have.
 """
 
 import itertools
@@ -13,7 +13,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +78,24 @@ class Group:
         seeds = set.intersection(*(set(runs) for runs in self.by_rate.values()))
         return {rate: [runs[seed] for seed in sorted(seeds)] for rate, runs in sorted(self.by_rate.items())}
 
-    @cached_property
+    @property
     def tried(self) -> dict[float, float]:
-        """By learning rate the mean loss of those."""
-        return {rate: statistics.mean(run.loss() for run in runs) for rate, runs in self.common.items()}
+        """By learning rate the mean loss over all its seeds."""
+        return {rate: self.mean_of(rate, runs) for rate, runs in sorted(self.by_rate.items())}
 
     @cached_property
     def runs(self) -> dict[int, Run]:
-        """All seeds, at the best learning rate."""
-        return dict(sorted(self.by_rate[min(self.tried, key=self.tried.__getitem__)].items()))
+        """All seeds, at the best learning rate: of two the one with the lower mean loss over the seeds of both."""
+
+        def better(one: float, other: float) -> float:
+            both = self.by_rate[one].keys() & self.by_rate[other].keys()
+            return min(one, other, key=lambda rate: self.mean_of(rate, both))
+
+        return dict(sorted(self.by_rate[reduce(better, sorted(self.by_rate))].items()))
+
+    def mean_of(self, rate: float, seeds: Iterable[int]) -> float:
+        """Of the losses that count, of some seeds at a learning rate."""
+        return statistics.mean(self.by_rate[rate][seed].loss() for seed in seeds)
 
     @property
     def first_run(self) -> Run:
@@ -100,7 +109,7 @@ class Group:
 
     def mean(self) -> float:
         """Of the losses that count, over the seeds."""
-        return statistics.mean(run.loss() for run in self.runs.values())
+        return self.mean_of(self.first_run.rate, self.runs)
 
 
 def main() -> None:
