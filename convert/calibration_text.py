@@ -12,7 +12,7 @@ from .errors import ConversionError
 SELF = "self"
 HELD_OUT = 1 / 16  # of the windows
 WINDOW = 512  # tokens, or as many as the model has positions for
-AT_A_TIME = 512  # texts that are sampled, at most
+AT_A_TIME = 512  # texts that are sampled at a time, at most
 CACHE = 2**30  # bytes of their keys and values, at most, on a CPU
 CACHE_OF_ACCELERATORS = 2**32
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -121,8 +121,7 @@ def sampled_batches(
     length = length or window_of(config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * model.dtype.itemsize
-    on_cpu = model.device.type == "cpu"
-    cache = CACHE if on_cpu else CACHE_OF_ACCELERATORS
+    cache = CACHE if model.device.type == "cpu" else CACHE_OF_ACCELERATORS
     at_a_time = min(AT_A_TIME, max(1, cache // (per_token * length)))
     number = max(2, tokens // length)
     sizes = [min(at_a_time, number - done) for done in range(0, number, at_a_time)]
@@ -132,7 +131,7 @@ def sampled_batches(
     total = sum(size for size, _ in mine) * length
     found = []
     with (
-        torch.random.fork_rng([] if on_cpu else [model.device]),
+        torch.random.fork_rng([model.device] if model.device.type == "cuda" else []),
         tqdm(total=total, desc="Sampling", unit="tok", unit_scale=True, disable=None if progress else True) as bar,
     ):
         for size, own_seed in mine:
