@@ -12,11 +12,9 @@ from matplotlib.figure import Figure
 
 from ..convert.healing import HealingOptions
 from ..convert.plan import Options
-from ..eval.plots import STYLE
+from ..eval.plots import COLOURS, STYLE
 
-WANTED = {"92 % closed": 0.08, "0.02 nats": None}  # of a gap; None: 0.02 nats over it
 MARKERS = {"closed form": "^", "layer by layer": "o", "healed": "s", "healed longer": "D"}
-COLOURS = ("#767676", "#0b6e99")  # a loss without hidden states, all else
 
 
 def tokens_of(line: dict[str, Any]) -> int:
@@ -36,26 +34,26 @@ def left_of(line: dict[str, Any]) -> float:
 def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
     """Every run on sampled text that is in `lines`, all of one model and shape, as an SVG."""
     lines = [line for line in lines if line["source"] == "self"]
-    gap = lines[0]["cut"] - lines[0]["dense"]
+    wanted = {"92 % closed": 8, "0.02 nats": 100 * 0.02 / (lines[0]["cut"] - lines[0]["dense"])}  # % of the gap left
+    without, other = COLOURS
     with rc_context(STYLE):
         figure = Figure(figsize=(8, 3.4), layout="constrained")
         FigureCanvasAgg(figure)
         panels = figure.subplots(1, 2, sharey=True)
         sides = {"tokens learnt from": tokens_of, "seconds, times cores": lambda x: x["seconds"] * x["threads"]}
         for axes, (label, x) in zip(panels, sides.items(), strict=True):
-            for name, share in WANTED.items():
-                y = 100 * (share or 0.02 / gap)
+            for name, y in wanted.items():
                 axes.axhline(y, color="#bbbbbb", linewidth=1)
                 axes.annotate(name, (0.01, y), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
             for rung, marker in MARKERS.items():
                 found = [line for line in lines if line["rung"] == rung]
-                colours = [COLOURS["--hidden-states 0" not in line["command"]] for line in found]
+                colours = [without if "--hidden-states 0" in line["command"] else other for line in found]
                 axes.scatter([x(line) for line in found], [100 * left_of(line) for line in found], 22, colours, marker)
-                axes.scatter([], [], 22, COLOURS[1], marker, label=rung)
+                axes.scatter([], [], 22, other, marker, label=rung)
             axes.set(xscale="log", yscale="log", xlabel=label)
             axes.set_yticks([2, 5, 10, 20, 50], ["2", "5", "10", "20", "50"], minor=False)
             axes.minorticks_off()
         panels[0].set_ylabel("% of the gap left")
-        panels[1].scatter([], [], 22, COLOURS[0], "s", label="without hidden states")
+        panels[1].scatter([], [], 22, without, "s", label="without hidden states")
         panels[1].legend(frameon=False, fontsize=8)
         figure.savefig(path, metadata={"Date": None})

@@ -75,15 +75,20 @@ def log(size, model, rate, seed, held_out, author=(4.0, 4.0), parameters=1000, f
     return f"{size}/{model}/{rate:g}-{seed}.jsonl", "\n".join(map(json.dumps, lines))
 
 
+def groups_of(folder, made):
+    """As `results` reads them from logs, each a name and a text."""
+    for name, text in made:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return results.groups_of(results.read(path) for path in sorted(folder.glob("*/*/*.jsonl")))
+
+
 @pytest.fixture
 def groups(tmp_path):
     made = [log("s", "dense", 0.01, seed, (5, 3.0 + seed / 10)) for seed in (0, 1, 2)]
     made += [log("s", "dense", 0.02, 0, (5, 3.5))]
     made += [log("s", "deep", 0.02, seed, (5, 2.9 + seed / 5), parameters=1010, nsar=0.75) for seed in (0, 1)]
-    for name, text in made:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    return results.groups_of(results.read(path) for path in sorted(tmp_path.glob("*/*/*.jsonl")))
+    return groups_of(tmp_path, made)
 
 
 def test_the_rate_that_counts_is_the_best_one(groups):
@@ -95,14 +100,8 @@ def test_the_rate_that_counts_is_the_best_one(groups):
 def test_two_rates_are_compared_over_the_seeds_of_both(tmp_path):
     """Though a third one has fewer, and the loss of its seed would order them otherwise."""
     losses = {0.01: (3.0, 3.4), 0.02: (3.2, 3.0), 0.04: (3.3,)}
-    runs = []
-    for rate, seeds in losses.items():
-        for seed, loss in enumerate(seeds):
-            name, text = log("s", "dense", rate, seed, (5, loss))
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).write_text(text)
-            runs.append(results.read(tmp_path / name))
-    group = results.groups_of(runs)["s", "dense"]
+    made = [log("s", "dense", rate, i, (5, loss)) for rate, seeds in losses.items() for i, loss in enumerate(seeds)]
+    group = groups_of(tmp_path, made)["s", "dense"]
     assert group.first_run.rate == 0.02
     assert group.mean() == pytest.approx(3.1)
 
@@ -151,11 +150,9 @@ def test_a_histogram_is_of_all_seeds(monkeypatch, groups):
 
 
 def test_rates_without_a_common_seed_cannot_be_compared(tmp_path):
-    for name, text in (log("s", "dense", 0.01, 0, (5, 3)), log("s", "dense", 0.02, 1, (5, 3))):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+    made = [log("s", "dense", 0.01, 0, (5, 3)), log("s", "dense", 0.02, 1, (5, 3))]
     with pytest.raises(SystemExit, match="no seed in common"):
-        results.groups_of(results.read(path) for path in sorted(tmp_path.glob("*/*/*.jsonl")))
+        groups_of(tmp_path, made)
 
 
 @pytest.fixture(scope="module")

@@ -217,13 +217,13 @@ def test_a_stopped_run_goes_on(tmp_path, dense, cut, monkeypatch):
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "finedeep_cli")
 FSDP2 = (
-    *("accelerate.commands.launch", "--config_file", str(TESTS.parent / "examples/launch/fsdp2.yaml")),
-    *(
-        "--num_processes=2",
-        "--mixed_precision=no",
-        "--fsdp_cpu_ram_efficient_loading=false",
-        str(TESTS / "processes/healed_fsdp2.py"),
-    ),
+    "accelerate.commands.launch",
+    "--config_file",
+    str(TESTS.parent / "examples/launch/fsdp2.yaml"),
+    "--num_processes=2",
+    "--mixed_precision=no",
+    "--fsdp_cpu_ram_efficient_loading=false",
+    str(TESTS / "processes/healed_fsdp2.py"),
 )
 
 
