@@ -59,7 +59,6 @@ def main() -> None:
     option("--convert", default="", metavar="ARGUMENTS", help="more arguments of `finedeep convert`")
     option("--heal", default="", metavar="ARGUMENTS", help="more arguments of `finedeep heal`")
     option("--heal-longer", default="", metavar="ARGUMENTS", help="those of the longer one")
-    option("--processes", type=int, default=1, help="that heal together and share the threads (default: 1)")
     option("--render", action="store_true", help="only make the page anew")
     arguments = parser.parse_args()
     if not arguments.render:
@@ -141,12 +140,10 @@ def climb(
             word for part in parts for word in more.get(part, [part.format(**place)] if part not in more else [])
         ]
         command += ["--seed", str(seed)]
-        processes = arguments.processes if parts[0] == "heal" else 1
         begin = time.perf_counter()
-        run(command, processes)
+        run(command)
         seconds[rung] = time.perf_counter() - begin + seconds[start]
         names = {value: name.upper() for name, value in place.items()}
-        launcher = ["finedeep"] if processes == 1 else launched(processes)
         yield {
             "model": arguments.name,
             "shape": shape,
@@ -158,25 +155,17 @@ def climb(
             "dense": dense,
             "cut": cut,
             "tokens": windows.numel(),
-            "command": " ".join([*launcher, *(names.get(word, word) for word in command)]),
+            "command": " ".join(["finedeep", *(names.get(word, word) for word in command)]),
             "threads": torch.get_num_threads(),
             "processor": platform.machine(),
             "versions": {"finedeep": __version__, "torch": torch.__version__},
         }
 
 
-def run(command: list[Any], processes: int = 1) -> None:
-    """A `finedeep` command in a process of its own, or in several that share the threads."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // processes))}
-    start = [sys.executable, "-m", "finedeep_cli"]
-    if processes > 1:
-        start = [sys.executable, "-m", "torch.distributed.run", *launched(processes)[1:]]
-    subprocess.run([*start, *map(str, command), "--quiet"], check=True, env=environment)
-
-
-def launched(processes: int) -> list[str]:
-    """How several processes on one machine are begun."""
-    return ["torchrun", "--standalone", "--nproc-per-node", str(processes), "-m", "finedeep_cli"]
+def run(command: list[Any]) -> None:
+    """A `finedeep` command in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    subprocess.run([sys.executable, "-m", "finedeep_cli", *map(str, command), "--quiet"], check=True, env=environment)
 
 
 @torch.no_grad()

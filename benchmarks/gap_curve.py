@@ -22,7 +22,7 @@ def tokens_of(line: dict[str, Any]) -> int:
     given = {name.replace("-", "_"): int(n) for name, n in re.findall(r"--([a-z-]+) (\d+)(?= |$)", line["command"])}
     if " heal " in line["command"]:
         sizes = (given.get(name, getattr(HealingOptions, name)) for name in ("steps", "batch_size", "context"))
-        return math.prod(sizes) * given.get("nproc_per_node", 1)
+        return math.prod(sizes)
     return given.get("calibration_tokens", Options.calibration_tokens)
 
 

@@ -4,6 +4,7 @@ import json
 import shlex
 import sys
 
+import finedeep_cli
 import pytest
 import torch
 from finedeep.benchmarks import gap, gap_curve
@@ -75,8 +76,12 @@ def test_rungs_run(tmp_path, dense, monkeypatch):
     ]
     monkeypatch.setattr(sys, "argv", ["gap", str(dense), str(tmp_path / "text.txt"), "--name", "tiny", *few])
     ran = []
-    run = gap.run
-    monkeypatch.setattr(gap, "run", lambda command, *more: (ran.append(command), run(command, *more)))
+
+    def in_this_process(command):
+        ran.append(command)
+        assert finedeep_cli.main([*map(str, command), "--quiet"]) == 0
+
+    monkeypatch.setattr(gap, "run", in_this_process)
     gap.main()
     lines = [json.loads(text) for text in (tmp_path / "gap.jsonl").read_text().splitlines()]
     assert [(x["source"], x["rung"]) for x in lines] == [("text", "layer by layer"), ("text", "healed")]
@@ -88,15 +93,16 @@ def test_rungs_run(tmp_path, dense, monkeypatch):
     assert lines[1]["seconds"] > lines[0]["seconds"]
 
 
-def test_several_processes_share_the_threads(monkeypatch):
+def test_a_rung_is_a_process_of_its_own(monkeypatch):
+    """Whose start-up counts, and which has the threads that this one has."""
     ran = []
-    monkeypatch.setattr(gap.subprocess, "run", lambda words, **how: ran.append((words, how["env"]["OMP_NUM_THREADS"])))
+    monkeypatch.setattr(gap.subprocess, "run", lambda words, **how: ran.append((words, how)))
     monkeypatch.setattr(gap.torch, "get_num_threads", lambda: 4)
-    gap.run(["heal", "a"], 2)
     gap.run(["heal", "a"])
-    assert [threads for _, threads in ran] == ["2", "4"]
-    assert ran[0][0][1:] == ["-m", "torch.distributed.run", *gap.launched(2)[1:], "heal", "a", "--quiet"]
-    assert ran[1][0][1:] == ["-m", "finedeep_cli", "heal", "a", "--quiet"]
+    ((words, how),) = ran
+    assert words == [sys.executable, "-m", "finedeep_cli", "heal", "a", "--quiet"]
+    assert how["check"]
+    assert how["env"]["OMP_NUM_THREADS"] == "4"
 
 
 def test_the_curve_counts_what_a_command_learns_from(tmp_path):
@@ -106,7 +112,6 @@ def test_the_curve_counts_what_a_command_learns_from(tmp_path):
     assert gap_curve.tokens_of(line(command=heal.replace("--seed", "--context 64 --batch-size 2 --seed"))) == 7 * 128
     assert gap_curve.tokens_of(line(command=convert)) == 262_144
     assert gap_curve.tokens_of(line(command=f"{convert} --calibration-tokens 4096 --seed 0")) == 4096
-    assert gap_curve.tokens_of(line(command=" ".join([*gap.launched(2), *heal.split()[1:]]))) == 2 * 7 * 16 * 512
     lines = [line(loss=1.25), line(rung="layer by layer", command=convert), line(source="text", rung="unknown")]
     assert gap_curve.left_of(lines[0]) == 0.25
     gap_curve.draw(lines, tmp_path / "gap.svg")
