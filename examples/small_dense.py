@@ -64,7 +64,7 @@ def main() -> None:
             lr_scheduler_type="cosine",
             warmup_steps=min(100, arguments.steps // 10),
             use_cpu=not torch.accelerator.is_available(),
-            bf16=True,
+            bf16=torch.accelerator.is_available(),
             logging_steps=50,
             save_steps=250,
             save_total_limit=1,
