@@ -134,7 +134,9 @@ def push_folder(
         ) from error
     tell(f"Loading {repo_id} at {pushed.oid} from the Hub, into an empty cache ...")
     with tempfile.TemporaryDirectory(prefix="finedeep-push-") as cache:
-        there = _fingerprint(repo_id, pushed.oid, {"HF_HOME": cache})
+        # Not HF_HOME, where `hf auth login` keeps the token.
+        caches = {name: f"{cache}/{name}" for name in ("HF_HUB_CACHE", "HF_XET_CACHE", "HF_MODULES_CACHE")}
+        there = _fingerprint(repo_id, pushed.oid, caches)
     if there != here:
         raise ConversionError(
             f"{repo_id} at {pushed.oid} gives other logits than {folder}. Do not use that revision; {AGAIN}."

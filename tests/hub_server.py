@@ -90,7 +90,8 @@ class Handler(BaseHTTPRequestHandler):
     def files(self, repo, revision):
         """The files of a revision and its commit id, or None after an error has been answered."""
         commits = self.server.repositories.get(repo)
-        if commits is None:
+        hidden = self.server.private.get(repo) and self.headers.get("Authorization") != f"Bearer {TOKEN}"
+        if commits is None or hidden:
             self.refuse(404, "RepoNotFound", f"repository {repo} not found")
             return None
         ids = [commit_id(number) for number in range(len(commits))]

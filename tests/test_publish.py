@@ -12,16 +12,9 @@ import yaml
 from conftest import make_dense
 from finedeep.convert import ConversionError, convert_checkpoint
 from finedeep.convert.card import make_card, read_scores
+from finedeep.convert.publish import push_folder
 from finedeep_cli import main
-from hub_server import running_hub
-from isolated import run_isolated
-
-LOAD = """
-import transformers
-repo, revision = sys.argv[1:]
-model = transformers.AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True, revision=revision)
-answer = type(model).__name__
-"""
+from hub_server import TOKEN, running_hub
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +39,11 @@ def metadata(card):
 def test_push_and_load_at_the_revision_that_the_card_names(tmp_path, finedeep_folder):
     results = {"results": {"arc_easy": {"alias": "arc_easy", "acc,none": 0.5, "acc_stderr,none": 0.1}}}
     (tmp_path / "results_1.json").write_text(json.dumps(results))
+    # As `hf auth login` leaves it.
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/token").write_text(TOKEN)
     with running_hub() as (hub, environment):
+        environment |= {"HF_TOKEN": "", "HF_HOME": str(tmp_path / "home"), "HF_HUB_CACHE": str(tmp_path / "cache")}
         done = push(finedeep_folder, environment, "--private", "--results", str(tmp_path))
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines()[0] == f"{hub.url}/org/model"
@@ -54,9 +51,9 @@ def test_push_and_load_at_the_revision_that_the_card_names(tmp_path, finedeep_fo
         revision = re.search(r"revision ([0-9a-f]{40})", done.stdout).group(1)
         card = files["README.md"].decode()
         assert f'revision="{revision}"' in card
-        loaded = run_isolated(LOAD, "org/model", revision, HF_HOME=str(tmp_path / "cache"), **environment)
-        assert loaded == "FinedeepForCausalLM"
+        assert any(path.startswith(f"/org/model/resolve/{revision}/model-") for _, path in hub.requests)
     assert hub.private["org/model"]
+    assert not (tmp_path / "cache").exists()  # what was pushed has come back into an empty one
     assert {"finedeep_conversion.json", "modeling_finedeep.py", "tokenizer.json"} <= set(files)
     assert not any(name.startswith(".") for name in files)
     found = metadata(files["README.md"])
@@ -141,10 +138,10 @@ def damaged(folder, place):
     return folder
 
 
-def test_a_folder_that_does_not_load_is_not_pushed(tmp_path, finedeep_folder):
-    with running_hub() as (hub, environment):
-        refused(push(damaged(finedeep_folder, tmp_path / "out"), environment), "does not load on its own", "broken")
-        assert hub.requests == []
+def test_a_folder_that_does_not_load_is_not_pushed(tmp_path, finedeep_folder, monkeypatch):
+    monkeypatch.setattr("finedeep.convert.publish.HfApi", lambda: pytest.fail("the Hub was spoken to"))
+    with pytest.raises(ConversionError, match=r"does not load on its own: .*broken"):
+        push_folder(damaged(finedeep_folder, tmp_path / "out"), "org/model")
 
 
 @pytest.mark.parametrize(
