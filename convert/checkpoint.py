@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from .. import configuration_finedeep, modeling_finedeep
@@ -23,10 +22,11 @@ from .mapping import Target
 from .neurons import FORMULAS, assign
 from .plan import Options, Plan, make_plan, same_plan
 from .probe import LayerProbe, probe_tokens
-from .receipt import NEURONS, neuron_table, write_receipt
-from .shards import FolderWriter, write_index
-from .source import DenseCheckpoint, open_checkpoint, read_json
+from .receipt import NEURONS, neuron_table, read_neuron_table, write_receipt
+from .shards import FolderWriter, save_whole, write_index
+from .source import TOKENIZER_CONFIG, DenseCheckpoint, open_checkpoint, read_json
 from .tensors import made
+from .whole_file import write_whole
 
 CODE_FILES = (Path(configuration_finedeep.__file__), Path(modeling_finedeep.__file__))
 SMALL_FILES = 50 * 10**6  # a generous share of the disk for tokenizer, code and configuration
@@ -93,7 +93,7 @@ def convert_checkpoint(
         calibration = Calibration(plan, folder, progress) if plan.options.calibrates else None
         if calibration is not None:
             calibration.run()
-        neurons = _neurons_of(plan, calibration, progress)
+        neurons = _neurons_of(plan, calibration, folder, progress)
         with _one_thread():
             differences = _write_weights(folder, plan, neurons, calibration, progress)
         write_index(folder, plan.shards)
@@ -130,11 +130,25 @@ def plan_conversion(source: str | Path, *, revision: str | None = None, **option
     return make_plan(open_checkpoint(source, revision), Options(**options))
 
 
-def _neurons_of(plan: Plan, calibration: Calibration | None, progress: bool) -> list[torch.Tensor]:
-    """For each layer, (M, K, e) numbers of dense neurons; in grow mode the first sub-layer has them all."""
+def _neurons_of(plan: Plan, calibration: Calibration | None, folder: Path, progress: bool) -> list[torch.Tensor]:
+    """For each layer, (M, K, e) numbers of dense neurons; in grow mode the first sub-layer has them all.
+
+    Measured ones are kept in the folder: measured again, by a run that goes on, they need not come out the same.
+    """
     layers = range(plan.dense_config.num_hidden_layers)
     if calibration is not None:
-        return [calibration.neurons(i) for i in layers]
+        neurons = [calibration.neurons(i) for i in layers]
+    elif (folder / NEURONS).exists():
+        neurons = read_neuron_table(folder / NEURONS)
+    else:
+        neurons = _assigned(plan, progress)
+    if plan.options.assignment not in FORMULAS:
+        save_whole(neuron_table(neurons), folder / NEURONS)
+        (folder / NEURONS).chmod(0o644)
+    return neurons
+
+
+def _assigned(plan: Plan, progress: bool) -> list[torch.Tensor]:
 
     @cache
     def activities() -> list[torch.Tensor]:
@@ -145,7 +159,10 @@ def _neurons_of(plan: Plan, calibration: Calibration | None, progress: bool) -> 
     def not_measured() -> torch.Tensor:
         raise ConversionError("nonlinearity is measured in calibration only; add --calibrate (calibrate=).")
 
-    return [assign(plan.options.assignment, plan.layer(i, lambda i=i: activities()[i], not_measured)) for i in layers]
+    return [
+        assign(plan.options.assignment, plan.layer(i, lambda i=i: activities()[i], not_measured))
+        for i in range(plan.dense_config.num_hidden_layers)
+    ]
 
 
 @contextmanager
@@ -176,9 +193,6 @@ def _write_weights(
 
     Calibrated layers are not probed: they have been measured on the stream itself.
     """
-    if plan.options.assignment not in FORMULAS:
-        save_file(neuron_table(neurons), folder / NEURONS)
-        (folder / NEURONS).chmod(0o644)
     known: dict[str, float] = {}
     if (folder / DIFFERENCES).exists():
         known = json.loads((folder / DIFFERENCES).read_text(encoding="utf-8"))
@@ -207,7 +221,7 @@ def _write_weights(
             bar.set_postfix_str(f"{done}/{len(plan.targets)} tensors", refresh=False)
             if probe is not None:
                 known[str(layer)] = probe.difference()
-                (folder / DIFFERENCES).write_text(json.dumps(known), encoding="utf-8")
+                write_whole(folder / DIFFERENCES, json.dumps(known))
     return [known[str(i)] for i in range(plan.dense_config.num_hidden_layers) if str(i) in known]
 
 
@@ -224,7 +238,7 @@ def _layer_probe(h: torch.Tensor, plan: Plan, layer: int) -> LayerProbe:
 
 def _write_companions(folder: Path, dense: DenseCheckpoint) -> None:
     for file in dense.companions():
-        if file.name != "tokenizer_config.json":
+        if file.name != TOKENIZER_CONFIG:
             shutil.copyfile(file, folder / file.name)
             continue
         content = read_json(file, "the tokenizer's configuration")

@@ -34,6 +34,12 @@ def check_free(destination: Path) -> None:
         raise ConversionError(
             f"{destination} exists and is not empty; nothing is ever overwritten. Name another folder or remove it."
         )
+    if destination.is_dir() and (destination.samefile(Path.cwd()) or os.path.ismount(destination)):
+        what = "a mount point" if os.path.ismount(destination) else "the current folder"
+        raise ConversionError(
+            f"{destination} is {what}, whose place a finished folder cannot take; name one inside it that does not "
+            "exist yet."
+        )
 
 
 def unfinished_folder(destination: Path) -> Path:
@@ -79,8 +85,10 @@ def whole_folder(destination: Path, plan: Mapping[str, Any], resume: bool = Fals
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise ConversionError(f"another run is writing {destination}; wait for it or stop it.") from error
+        except OSError:
+            pass  # a file system without locks
         try:
             _begin(folder, destination, plan, resume)
             yield folder
@@ -132,10 +140,10 @@ def differing(plan: Mapping[str, Any], before: Mapping[str, Any]) -> str:
 
 
 def _finish(folder: Path, destination: Path) -> None:
-    (folder / PLAN).unlink()
-    (folder / LOCK).unlink()
     for file in folder.iterdir():
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
     check_free(destination)
+    (folder / PLAN).unlink()
+    (folder / LOCK).unlink()
     folder.rename(destination)

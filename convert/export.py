@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from tqdm import tqdm
 
 from ..configuration_finedeep import NEUTRAL_SCALE, FinedeepConfig
@@ -17,7 +16,7 @@ from .families import FAMILIES
 from .mapping import SUBLAYER, Piece, dense_shapes, family_config, pieces, some
 from .neurons import FORMULAS, PADDING, Layer, assign, layer_generator
 from .plan import NOT_INHERITED, ROPE_FIELDS
-from .receipt import NEURONS, RECEIPT, read_receipt
+from .receipt import NEURONS, RECEIPT, read_neuron_table, read_receipt
 from .shards import Entry, FolderWriter, parse_size, plan_shards, write_index
 from .source import DenseCheckpoint, open_checkpoint
 
@@ -44,7 +43,7 @@ def export_checkpoint(
     of the same function, with neurons in the order of the experts.
 
     Args:
-        source: the Finedeep folder.
+        source: the Finedeep folder, or a Hub id.
         destination: the folder to make. It must not exist, or be empty.
         max_shard_size: largest weight file.
         progress: whether to show a progress bar on stderr.
@@ -55,7 +54,7 @@ def export_checkpoint(
     """
     destination = Path(destination)
     check_free(destination)
-    held = open_checkpoint(source)
+    held = open_checkpoint(source, check=_check_finedeep)
     config = _finedeep_config(held)
     receipt = read_receipt(held.folder) if (held.folder / RECEIPT).is_file() else None
     family_name, fields, neurons = _dense_form(held, config, receipt)
@@ -96,10 +95,14 @@ def _architecture(family_name: str) -> str:
     return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family_name]
 
 
+def _check_finedeep(config: Mapping[str, Any], where: str) -> None:
+    if config.get("model_type") != FinedeepConfig.model_type:
+        raise ConversionError(f"{where} has model_type {config.get('model_type')!r}; 'finedeep' is wanted.")
+
+
 def _finedeep_config(held: DenseCheckpoint) -> FinedeepConfig:
     path = held.folder / "config.json"
-    if held.config.get("model_type") != FinedeepConfig.model_type:
-        raise ConversionError(f"{path} has model_type {held.config.get('model_type')!r}; 'finedeep' is wanted.")
+    _check_finedeep(held.config, str(path))
     try:
         config = FinedeepConfig(**{k: v for k, v in held.config.items() if k not in ("model_type", "auto_map")})
     except Exception as error:
@@ -170,8 +173,7 @@ def _orders(
         path = held.folder / NEURONS
         if not path.is_file():
             raise ConversionError(f"{path} is missing, which says where neurons were; remove {RECEIPT} to do without.")
-        with safe_open(path, framework="pt") as file:
-            made = [file.get_tensor(f"layers.{i}").long() for i in range(layers)]
+        made = read_neuron_table(path)
     return [neurons.flatten() for neurons in made]
 
 

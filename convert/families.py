@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .errors import ConversionError
+
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
@@ -72,3 +74,14 @@ def why_not(config: Mapping[str, Any]) -> str:
     if any(isinstance(config.get(name), int) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
         return "its config has experts; a dense FFN is what is cut"
     return "this family is not known here"
+
+
+def check_family(config: Mapping[str, Any], where: str) -> str:
+    """The `model_type` of a config. Raises `ConversionError` where it is of no family that can be converted."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ConversionError(
+            f"{where} has model_type {model_type!r}, which cannot be converted: {why_not(config)}. Families that can: "
+            f"{', '.join(FAMILIES)}."
+        )
+    return model_type

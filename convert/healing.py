@@ -16,18 +16,20 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     PreTrainedModel,
     PrinterCallback,
     Trainer,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..configuration_finedeep import FinedeepConfig
 from ..modeling_finedeep import FinedeepForCausalLM
 from .calibration_text import SELF, held_out
 from .destination import check_free, differing, whole_folder
 from .errors import ConversionError, check_whole_number
+from .hashing import sha256
 from .healing_data import healing_windows
 from .loading_bars import without_loading_bars
 from .receipt import NEURONS, PACKAGES, RECEIPT, read_receipt, write_json
@@ -36,7 +38,7 @@ from .source import COMPANIONS, read_json
 
 HEALING = "finedeep_healing.json"
 HIDDEN_STATES = 10.0  # measured: convert/README.md
-PLAN, WINDOWS = "plan.json", "windows.safetensors"
+PLAN, WINDOWS, CHECKPOINT = "plan.json", "windows.safetensors", "checkpoint-*"
 
 
 @dataclass(frozen=True)
@@ -218,11 +220,14 @@ def heal(
         )
     windows, held = _prepare(work, model, config, teacher, o, resume, arguments)
     with without_loading_bars():
+        student = FinedeepForCausalLM.from_pretrained(model, dtype=torch.float32)
+        # Checkpoints of the training have no use for the model's own, which some versions refuse to save as it is.
+        student.generation_config = GenerationConfig()
         trainer = HealingTrainer(
             teacher=teacher,
             divergence=o.divergence,
             hidden_states=o.hidden_states,
-            model=FinedeepForCausalLM.from_pretrained(model, dtype=torch.float32),
+            model=student,
             args=arguments,
             # Without labels Trainer would take it that there is no loss to evaluate.
             train_dataset=[{"input_ids": window, "labels": window} for window in windows[held:]],
@@ -230,7 +235,8 @@ def heal(
         )
         if not progress:
             trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(work))
+        checkpoints = _checkpoints(work)
+        trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
         before = next(_losses(logs) for logs in trainer.state.log_history if "eval_loss" in logs)
         after = _losses(trainer.evaluate())
         if not all(map(math.isfinite, after.values())):
@@ -304,7 +310,6 @@ def _training_arguments(o: HealingOptions, work: Path, progress: bool) -> Traini
         "weight_decay": 0.0,
         "logging_steps": often,
         "save_steps": often,
-        "eval_on_start": True,
         "ddp_timeout": 6 * 3600,  # others wait while the first process reads a text
         "ddp_find_unused_parameters": False,
         "save_total_limit": 1,
@@ -313,6 +318,7 @@ def _training_arguments(o: HealingOptions, work: Path, progress: bool) -> Traini
         "report_to": "none",
         "disable_tqdm": not progress,
         **o.training,
+        "eval_on_start": True,  # the receipt has the losses before
         "output_dir": str(work),
         "prediction_loss_only": True,
         "remove_unused_columns": False,
@@ -343,7 +349,8 @@ def _prepare(
     path, process = work / WINDOWS, arguments.process_index
     try:
         if process == 0:
-            _begin(work, {"model": str(model.resolve()), **dataclasses.asdict(o)}, resume)
+            plan = {"model": str(model.resolve()), **dataclasses.asdict(o), "files": _files(model, o)}
+            _begin(work, plan, resume)
         if _of_first_process(not path.exists()) and (process == 0 or o.data == SELF):  # sampling is shared out
             sampler = teacher.to(arguments.device) if teacher is not None else None
             progress = not arguments.disable_tqdm and process == 0
@@ -370,7 +377,10 @@ def _begin(work: Path, plan: Mapping[str, Any], resume: bool) -> None:
     """Make the folder of a new run, or check that a stopped one, if it got anywhere, is to be gone on with."""
     path, plan = work / PLAN, json.loads(json.dumps(plan))
     before = read_json(path, "what the stopped run was to do") if path.exists() else {}
-    if not work.exists() or get_last_checkpoint(work) is None:
+    finished = _checkpoints(work)
+    for folder in set(work.glob(CHECKPOINT)) - set(finished):
+        shutil.rmtree(folder)
+    if not finished:
         if before != plan:  # otherwise its windows will do
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
@@ -387,6 +397,22 @@ def _begin(work: Path, plan: Mapping[str, Any], resume: bool) -> None:
         )
 
 
+def _checkpoints(work: Path) -> list[Path]:
+    """The training's checkpoints in order, without one that a killed run has left half-made: `Trainer` ends with it."""
+    found = [folder for folder in work.glob(CHECKPOINT) if (folder / TRAINER_STATE_NAME).is_file()]
+    return sorted(found, key=lambda folder: int(folder.name.rpartition("-")[2]))
+
+
+def _files(model: Path, o: HealingOptions) -> dict[str, Any]:
+    """What has to be the same beside the options: the text by its hash, weights by their size and time."""
+    folders = [Path(folder) for folder in (model, o.teacher) if folder is not None]
+    weights = [file.stat() for folder in folders for file in sorted(folder.glob("*.safetensors"))]
+    return {
+        "text": sha256(Path(o.data)) if Path(o.data).is_file() else None,
+        "weights": [[found.st_size, found.st_mtime_ns] for found in weights],
+    }
+
+
 def _losses(logs: Mapping[str, float]) -> dict[str, float]:
     """The held-out losses of an evaluation, in nats per token."""
     return {name: logs[f"eval_{name}"] for name in ("next_token", "divergence") if f"eval_{name}" in logs}
@@ -401,7 +427,8 @@ def _save(model: Path, trainer: HealingTrainer, config: FinedeepConfig, o: Heali
     """Write the healed model as a whole folder, in the dtype of the one it came from."""
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
-        student = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        student = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
+        state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}  # torch.compile's
         if config.tie_word_embeddings:
             state.pop("lm_head.weight", None)
         state = {name: tensor.to(config.dtype or torch.float32) for name, tensor in state.items()}
@@ -417,10 +444,10 @@ def _write_companions(model: Path, folder: Path, o: HealingOptions, healed: Heal
     """What belongs to the model beside its weights, and the receipts: the conversion's, and healing's own."""
     for pattern in (*COMPANIONS, NEURONS):
         for file in model.glob(pattern):
-            if not (folder / file.name).exists():
-                shutil.copyfile(file, folder / file.name)
+            shutil.copyfile(file, folder / file.name)
     receipt = {
         "options": dataclasses.asdict(o),
+        "data_sha256": _files(model, o)["text"],
         "tokens_seen": healed.tokens_seen,
         "held_out_nats_per_token": {"before": healed.before, "after": healed.after},
         "versions": {package: version(package) for package in (*PACKAGES, "accelerate")},

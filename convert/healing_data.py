@@ -12,6 +12,7 @@ from .calibration_text import SELF, check_vocabulary, read_tokens, sampled_batch
 from .errors import ConversionError
 
 COLUMN = "text"
+ANOTHER_SEED = 2**32
 AT_ONCE = 64  # documents that are tokenised at a time
 WINDOWS_OF_A_TEXT = 4  # that is sampled, at most: a longer one takes longer for each of its tokens
 
@@ -51,9 +52,9 @@ def healing_windows(
         # Cut from longer texts: short windows would otherwise be beginnings of texts, all of them.
         length = min(WINDOWS_OF_A_TEXT, max(1, window_of(teacher.config) // context)) * context
         state = PartialState()
-        mine = sampled_batches(
-            teacher, tokens, seed, progress, length, process=state.process_index, processes=state.num_processes
-        )
+        share = {"process": state.process_index, "processes": state.num_processes}
+        # Another seed than calibration's: what that has learnt from must not be held out, nor be sampled again.
+        mine = sampled_batches(teacher, tokens, seed + ANOTHER_SEED, progress, length, **share)
         turns = zip_longest(*gather_object([mine]))
         return torch.cat([batch for turn in turns for batch in turn if batch is not None]).view(-1, context)
     if Path(data).is_file():

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, PretrainedConfig
 
 from ..configuration_finedeep import FinedeepConfig
 from .errors import ConversionError, check_whole_number
-from .families import FAMILIES, Family, why_not
+from .families import FAMILIES, Family, check_family
 from .hashing import sha256
 from .mapping import RECOMPUTED, Target, dense_shapes, family_config, pieces, some, targets
 from .neurons import ASSIGNMENTS, Layer, layer_generator
@@ -257,12 +257,7 @@ def _inherited(fields: Mapping[str, Any], family: Family) -> dict[str, Any]:
 def _read_config(dense: DenseCheckpoint) -> tuple[str, PretrainedConfig, dict[str, tuple[int, ...]]]:
     """The family's name, its configuration, and the tensors that a model of it has."""
     path = dense.folder / "config.json"
-    model_type = dense.config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ConversionError(
-            f"{path} has model_type {model_type!r}, which cannot be converted: {why_not(dense.config)}. Families that "
-            f"can: {', '.join(FAMILIES)}."
-        )
+    model_type = check_family(dense.config, str(path))
     if dense.config.get("quantization_config"):
         raise ConversionError(f"{path} has a quantization_config; convert the unquantised checkpoint.")
     layers = dense.config.get("num_hidden_layers")
@@ -340,12 +335,13 @@ def same_plan(plan: Plan) -> dict[str, Any]:
     """What has to be the same for a stopped run to be gone on with, as JSON."""
     sources = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in plan.dense.files}
     layout = [[shard.file_name, shard.nbytes, len(shard.entries)] for shard in plan.shards]
-    text = plan.options.calibrate if plan.options.calibrates else None
+    texts = {"calibration text": plan.options.calibrate if plan.options.calibrates else None}
+    texts["assignment text"] = plan.options.text
     return {
         "source": str(Path(plan.dense.folder).resolve()),
         "source files": sources,
         "options": dataclasses.asdict(plan.options),
         "config": plan.config.to_json_string(),
         "shards": layout,
-        "calibration text": sha256(Path(text)) if text not in (None, "self") and Path(text).is_file() else text,
+        **{use: sha256(Path(text)) if text and Path(text).is_file() else text for use, text in texts.items()},
     }

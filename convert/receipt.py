@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from .card import licence_of
 from .plan import Plan
@@ -75,3 +76,9 @@ def read_receipt(path: Path) -> dict[str, Any]:
 def neuron_table(neurons: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     """The assignment as tensors, (M, K, e) for each layer, so that `finedeep export` can put neurons back."""
     return {f"layers.{i}": layer.to(torch.int32) for i, layer in enumerate(neurons)}
+
+
+def read_neuron_table(path: Path) -> list[torch.Tensor]:
+    """What `neuron_table` made, from its file."""
+    tensors = load_file(path)
+    return [tensors[f"layers.{i}"].long() for i in range(len(tensors))]

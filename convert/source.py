@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +15,18 @@ from safetensors import SafetensorError, safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
 from .errors import ConversionError
+from .families import check_family
 from .loading_bars import without_loading_bars
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+TOKENIZER_CONFIG = "tokenizer_config.json"
 # What travels with the weights, where the source has it.
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer.model",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -36,10 +38,12 @@ COMPANIONS = (
     "NOTICE*",
     "USE_POLICY*",
 )
+OURS = "finedeep_*"  # receipts of a converted model
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # More than any real configuration, index or tokenizer has; json needs some ten times as much memory.
 MAX_JSON_BYTES = 200 * 10**6
 SHARD_NAME = re.compile(r"[\w-][\w.-]{0,200}\.safetensors")
+Check = Callable[[Mapping[str, Any], str], Any]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -101,13 +105,18 @@ class DenseCheckpoint:
             yield from (_inside(self.folder, path) for path in found)
 
 
-def open_checkpoint(source: str | Path, revision: str | None = None) -> DenseCheckpoint:
+def open_checkpoint(source: str | Path, revision: str | None = None, check: Check = check_family) -> DenseCheckpoint:
     """Open a local folder or a Hub id. Reads the config and the safetensors headers, nothing else.
+
+    Args:
+        source: the folder or the id.
+        revision: branch, tag or commit of a Hub id.
+        check: raises where a configuration is of the wrong kind, before the weights of a Hub id are fetched.
 
     Raises:
         ConversionError: there is no such folder or repository, or it holds no complete safetensors checkpoint.
     """
-    folder = _local_folder(source, revision)
+    folder = _local_folder(source, revision, check)
     config = read_json(_inside(folder, folder / "config.json"), "the model's configuration")
     tensors: dict[str, TensorInfo] = {}
     for path, listed in _weight_files(folder).items():
@@ -127,10 +136,14 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> DenseChe
                         "Convert an unquantised checkpoint."
                     )
                 tensors[name] = TensorInfo(path, tuple(part.get_shape()), DTYPES[part.get_dtype()])
-    return DenseCheckpoint(folder, config, tensors)
+    checkpoint = DenseCheckpoint(folder, config, tensors)
+    for file in checkpoint.companions():  # what is wrong with them shows now, not when all the work is done
+        if file.name == TOKENIZER_CONFIG:
+            read_json(file, "the tokenizer's configuration")
+    return checkpoint
 
 
-def _local_folder(source: str | Path, revision: str | None) -> Path:
+def _local_folder(source: str | Path, revision: str | None, check: Check) -> Path:
     folder = Path(source)
     if folder.is_dir():
         return folder
@@ -138,14 +151,18 @@ def _local_folder(source: str | Path, revision: str | None) -> Path:
         raise ConversionError(f"{source} is a file; the folder of a checkpoint, or a Hub id, is wanted.")
     if not HUB_ID.fullmatch(str(source)):
         raise ConversionError(f"{source} does not exist; the folder of a checkpoint, or a Hub id, is wanted.")
+
+    def fetch(patterns: list[str]) -> Path:
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
+
     try:
-        return Path(
-            snapshot_download(
-                str(source),
-                revision=revision,
-                allow_patterns=["config.json", "README.md", "*.safetensors", INDEX, *COMPANIONS],
-            )
-        )
+        folder = fetch(["config.json", "README.md", INDEX, *COMPANIONS, OURS])
+        check(read_json(folder / "config.json", "the model's configuration"), str(source))
+        # Not "*.safetensors": some repositories have all weights in another form too.
+        has_index = (folder / INDEX).is_file()
+        weight_map = read_json(folder / INDEX, "the list of shards").get("weight_map") if has_index else None
+        shards = {str(shard) for shard in weight_map.values()} if isinstance(weight_map, dict) else set()
+        return fetch(sorted(filter(SHARD_NAME.fullmatch, shards)) or [WEIGHTS])
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConversionError(

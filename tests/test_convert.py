@@ -13,7 +13,8 @@ import sys
 import pytest
 import torch
 from conftest import make_dense
-from finedeep.convert import convert_checkpoint
+from finedeep.convert import ConversionError, convert_checkpoint
+from finedeep.convert.checkpoint import plan_conversion
 from finedeep.convert.neurons import PADDING, deal
 from hub_server import running_hub
 from safetensors.torch import load_file, save_file
@@ -160,29 +161,30 @@ def test_recomputed_and_redundant_tensors_are_allowed(tmp_path):
     assert_same_logits(dense, tmp_path / "out")
 
 
+BOTH = """
+import sys
+from finedeep_cli import main
+print([main(["convert", name, sys.argv[1], "--sublayers", "1", "--quiet"]) for name in ("org/gemma", "org/dense")])
+"""
+
+
 def test_a_hub_id_is_fetched_without_its_code(tmp_path, dense):
     """Over real HTTP; only configuration, weights and companions are asked for."""
     files = {path.name: path.read_bytes() for path in dense.iterdir()}
     files |= {"evil.py": b"raise SystemExit", "pytorch_model.bin": b"pickle"}
+    files |= {"consolidated.safetensors": b"the same weights in another form"}
+    gemma = {**files, "config.json": json.dumps({"model_type": "gemma2"}).encode()}
     with running_hub() as (hub, environment):
-        hub.repositories["org/dense"] = [files]
-        command = [
-            sys.executable,
-            "-m",
-            "finedeep_cli",
-            "convert",
-            "org/dense",
-            str(tmp_path / "out"),
-            "--sublayers",
-            "1",
-        ]
-        done = subprocess.run(
-            command, env={**os.environ, **environment, "HF_HOME": str(tmp_path / "hub")}, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
+        hub.repositories |= {"org/dense": [files], "org/gemma": [gemma]}
+        environment |= {**os.environ, **environment, "HF_HOME": str(tmp_path / "hub")}
+        command = [sys.executable, "-c", BOTH, str(tmp_path / "out")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.stdout == "[2, 0]\n", done.stderr
+        assert "org/gemma has model_type 'gemma2', which cannot be converted" in done.stderr
         fetched = {path.rsplit("/", 1)[1] for _, path in hub.requests if "/resolve/" in path}
+        assert not [path for _, path in hub.requests if path.startswith("/org/gemma") and path.endswith(".safetensors")]
     assert "model.safetensors" in fetched
-    assert not {"evil.py", "pytorch_model.bin"} & fetched
+    assert not {"evil.py", "pytorch_model.bin", "consolidated.safetensors"} & fetched
     assert_same_logits(dense, tmp_path / "out")
 
 
@@ -242,6 +244,14 @@ def poke(value):
     return edit_tensors(lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].view(-1).__setitem__(7, value))
 
 
+def linked(name):
+    def link(folder):
+        (folder / name).rename(folder.with_name(name))
+        (folder / name).symlink_to(folder.with_name(name))
+
+    return link
+
+
 NORM = "model.norm.weight"
 BAD = {
     "no config": (lambda folder: (folder / "config.json").unlink(), ["config.json", "missing"]),
@@ -269,6 +279,7 @@ BAD = {
     "infinity": (poke(float("inf")), ["model.layers.1.mlp.up_proj.weight", "infinite"]),
     "tied yet different": (edit_config(tie_word_embeddings=True), ["lm_head.weight", "tie_word_embeddings"]),
     "tokenizer config is not JSON": (overwrite("tokenizer_config.json", b"{"), ["tokenizer_config.json", "JSON"]),
+    "tokenizer elsewhere": (linked("tokenizer.json"), ["tokenizer.json", "is a link out of its folder"]),
 }
 
 
@@ -325,6 +336,27 @@ def test_destination_in_use(tmp_path, capsys, dense):
 def test_destination_is_a_file(tmp_path, capsys, dense):
     (tmp_path / "out").write_text("keep me")
     assert_refused(capsys, dense, tmp_path / "out", ["not a folder"])
+
+
+@pytest.mark.parametrize("case", ["tokenizer config is not JSON", "tokenizer elsewhere"])
+def test_what_is_wrong_with_companions_is_known_before_the_work(tmp_path, dense, case, monkeypatch):
+    source = shutil.copytree(dense, tmp_path / "source")
+    BAD[case][0](source)
+    with pytest.raises(ConversionError, match="tokenizer"):
+        plan_conversion(source)
+
+
+def test_the_current_folder_and_a_mount_are_not_replaced(tmp_path, dense, monkeypatch):
+    """A rename to either fails, which would show when all the work is done."""
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    with pytest.raises(ConversionError, match="is the current folder"):
+        convert_checkpoint(dense, ".", progress=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os.path, "ismount", lambda place: str(place) == str(tmp_path / "out"))
+    with pytest.raises(ConversionError, match="is a mount point"):
+        convert_checkpoint(dense, tmp_path / "out", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_an_empty_destination_is_used(tmp_path, dense):

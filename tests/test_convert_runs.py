@@ -1,5 +1,6 @@
 """A conversion's course: plan, receipt, assignment, growth, precision, resumption, death at any moment."""
 
+import errno
 import json
 import multiprocessing
 import random
@@ -301,6 +302,30 @@ def test_resume_is_of_the_same_conversion_only(tmp_path, dense):
     with pytest.raises(ConversionError, match=r"another one: .*options.* differ"):
         convert_checkpoint(dense, tmp_path / "out", resume=True, **{**SMALL_SHARDS, "seed": 1})
     convert_checkpoint(dense, tmp_path / "out", resume=True, **SMALL_SHARDS)
+
+
+def test_measured_neurons_stay_where_finished_shards_have_them(tmp_path, dense, monkeypatch):
+    """Measured again, by a run that goes on, they may come out in another order."""
+    (tmp_path / "text.txt").write_text("A text of which some neurons are fond. " * 10)
+    options = {**SMALL_SHARDS, "assignment": "activity", "text": str(tmp_path / "text.txt")}
+    interrupted(dense, tmp_path / "out", 3, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr("finedeep.convert.activity.mean_activity", lambda *_: pytest.fail("measured again"))
+        convert_checkpoint(dense, tmp_path / "out", resume=True, **options)
+    convert_checkpoint(dense, tmp_path / "at once", **options)
+    assert fingerprint(tmp_path / "out") == fingerprint(tmp_path / "at once")
+    interrupted(dense, tmp_path / "other", 3, **options)
+    (tmp_path / "text.txt").write_text("Another one. " * 30)
+    with pytest.raises(ConversionError, match="another one: assignment text differ"):
+        convert_checkpoint(dense, tmp_path / "other", resume=True, **options)
+
+
+def test_a_file_system_without_locks(tmp_path, dense, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("finedeep.convert.destination.fcntl.flock", refuse)
+    assert_same_logits(dense, convert(dense, tmp_path / "out", num_expert_sublayers=1).folder)
 
 
 def test_two_runs_at_once_are_kept_apart(tmp_path, dense):

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from finedeep import FinedeepForCausalLM
 from finedeep.convert import ConversionError, convert_checkpoint
 from finedeep.convert.calibration_text import sampled_windows
 from finedeep.convert.healing import HEALING, HIDDEN_STATES, HealingOptions, HealingTrainer, heal, hidden_state_distance
-from finedeep.convert.healing_data import healing_windows
+from finedeep.convert.healing_data import ANOTHER_SEED, healing_windows
 from finedeep.convert.receipt import RECEIPT
 from finedeep_cli import heal_command, main
 from safetensors.torch import load_file
@@ -207,12 +208,45 @@ def test_a_stopped_run_goes_on(tmp_path, dense, cut, monkeypatch):
         heal(cut, tmp_path / "out", **options)
     with pytest.raises(ConversionError, match="steps differ"):
         heal(cut, tmp_path / "out", resume=True, **{**options, "steps": 13})
+    # As one leaves it that was killed while it wrote a checkpoint.
+    shutil.copytree(tmp_path / ".out.healing/checkpoint-6", tmp_path / ".out.healing/checkpoint-9")
+    (tmp_path / ".out.healing/checkpoint-9/trainer_state.json").unlink()
     resumed = heal(cut, tmp_path / "out", resume=True, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     at_once = heal(cut, tmp_path / "at once", **options)
     assert resumed.before == at_once.before
     for name, tensor in load_file(tmp_path / "at once/model.safetensors").items():
         torch.testing.assert_close(load_file(tmp_path / "out/model.safetensors")[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_what_was_prepared_from_another_text_is_not_gone_on_with(tmp_path, cut, monkeypatch):
+    """A run that stopped before its first checkpoint, and whose text has changed since."""
+    options = {**QUICK, "data": str(text_in(tmp_path)), "steps": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(HealingTrainer, "train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            heal(cut, tmp_path / "out", **options)
+    windows = load_file(tmp_path / ".out.healing/windows.safetensors")["windows"]
+    Path(options["data"]).write_text("Another one. " * 500)
+    seen = []
+    monkeypatch.setattr(HealingTrainer, "__init__", lambda self, **kw: seen.append(kw["train_dataset"]))
+    with pytest.raises(AttributeError):
+        heal(cut, tmp_path / "out", **options)
+    assert not any(torch.equal(found["input_ids"], window) for found in seen[0] for window in windows)
+
+
+def test_any_field_of_training_arguments(tmp_path, dense, cut):
+    """Compiled models name their weights otherwise, and the losses before are wanted in any case."""
+    model = shutil.copytree(cut, tmp_path / "model")
+    settings = {"temperature": 0.6, "top_p": 0.9, "_from_model_config": False}  # without do_sample: refused when saved
+    (model / "generation_config.json").write_text(json.dumps(settings))
+    training = {"torch_compile": True, "torch_compile_backend": "eager", "eval_on_start": False}
+    done = heal(model, tmp_path / "out", teacher=str(dense), **{**QUICK, "steps": 2}, training=training)
+    assert set(done.before) == {"next_token", "divergence"}
+    before, after = (load_file(folder / "model.safetensors") for folder in (cut, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    assert not torch.equal(before["model.norm.weight"], after["model.norm.weight"])
+    assert json.loads((tmp_path / "out/generation_config.json").read_text()) == settings
 
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "finedeep_cli")
@@ -276,9 +310,19 @@ def test_short_windows_are_cut_from_longer_sampled_texts(dense, context, length)
     """So that most of them begin in the middle of one, as most windows of a real text do."""
     teacher = LlamaForCausalLM.from_pretrained(dense)
     windows = healing_windows("self", dense, 260, context, 1024, teacher, 3, False)
-    texts = sampled_windows(teacher, 1024, 3, False, length)
+    texts = sampled_windows(teacher, 1024, 3 + ANOTHER_SEED, False, length)
     assert windows.shape[1] == context
     assert torch.equal(windows.view(texts.shape), texts)
+
+
+def test_what_calibration_learnt_from_is_not_healed_on(dense):
+    teacher = LlamaForCausalLM.from_pretrained(dense)
+    learnt, windows = (
+        sampled_windows(teacher, 2048, 3, False),
+        healing_windows("self", dense, 260, 128, 4096, teacher, 3, False),
+    )
+    assert learnt.shape[1] == windows.shape[1]
+    assert not {tuple(window) for window in learnt.tolist()} & {tuple(window) for window in windows.tolist()}
 
 
 def test_a_texts_windows_are_its_own(tmp_path, dense):
