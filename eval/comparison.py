@@ -116,7 +116,7 @@ def _columns(pairs: Pairs, metric: str) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 def _task_difference(place: Place, pairs: Mapping[str, Pairs], score: Score, seed: int) -> Difference | None:
     columns = _columns(pairs[place.filter], place.metric)
-    if columns is None:
+    if columns is None or score.higher_is_better is None:
         return None
     before, after, sizes = columns
     aggregate = AGGREGATE_OF.get(place.metric, "mean")
@@ -146,7 +146,7 @@ def _group_difference(
     """Of a group's average, where that is a mean of its tasks' means, weighted by their sizes or not."""
     tasks = [task for task in leaves if place._replace(task=task) in scores]
     columns = [_columns(pairs[task][place.filter], place.metric) for task in tasks]
-    if not tasks or place.metric in AGGREGATE_OF or None in columns:
+    if not tasks or place.metric in AGGREGATE_OF or None in columns or scores[place].higher_is_better is None:
         return None
     values = [(before, after) for before, after, _ in columns]
     means = np.array([after.mean() for _, after in values])
@@ -183,6 +183,8 @@ def sentence_of(row: Row) -> str:
 def figures_of(row: Row) -> str:
     """What a verdict is from, in words."""
     d = row.difference
+    if d is None and row.model.higher_is_better is None:
+        return f"the task does not say whether a higher {row.place.metric} is better"
     if d is None:
         return f"{row.place.metric} is no average over samples"
     bounds = f", {LEVEL:.0%} interval {interval_of(d)}" if d.low is not None else ""

@@ -199,7 +199,7 @@ def rows_of(inspections: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     figures = {
         "gates, mean": lambda g: mean(map(mean, (p["mean"] for p in g))),
         "gates, spread over tokens": lambda g: mean(map(mean, (p["std"] for p in g))),
-        "gates near 0 (below 5 % of c)": lambda g: mean(map(mean, (p["near_0"] for p in g))),
+        "gates near 0 (below 5 % of c, of softmax c/K)": lambda g: mean(map(mean, (p["near_0"] for p in g))),
         "gates near c (above 95 % of c)": lambda g: mean(map(mean, (p["near_1"] for p in g))),
         "entropy of gates, 1 = all alike": lambda g: mean(p["entropy"] for p in g),
         "correlation between experts, mean size": lambda g: mean(p["mean_absolute_correlation"] for p in g),

@@ -11,6 +11,7 @@ import yaml
 from .errors import EvaluationError
 
 PASSAGE = 1000  # characters, at least: a text is scored in pieces, so that there are samples to compare
+PIECE = re.compile(rf".{{{PASSAGE}}}\S{{0,100}}\s?|.+", re.DOTALL)  # of a line; some scripts have no spaces
 GROUP = "local_choice"  # the average over tasks of questions with choices
 # What a line of the JSONL file holds, and what the harness asks of a model with it.
 KINDS: dict[str, dict[str, Any]] = {
@@ -175,13 +176,16 @@ def _fault(kind: str, line: Mapping[str, Any]) -> str | None:
 
 
 def read_passages(path: Path) -> Iterator[dict[str, str]]:
-    """A text in passages of 1,000 characters or a little more, cut at line ends. Raises `EvaluationError`."""
+    """A text in passages of 1,000 characters or a little more, cut at line ends, in longer lines between words.
+
+    Raises `EvaluationError`.
+    """
     text = _read(path)
     if not text.strip():
         raise EvaluationError(f"{path} is empty; a text is wanted.")
     passage = ""
-    for line in text.splitlines(keepends=True):
-        passage += line
+    for piece in (piece for line in text.splitlines(keepends=True) for piece in PIECE.findall(line)):
+        passage += piece
         if len(passage) >= PASSAGE:
             yield {"text": passage}
             passage = ""

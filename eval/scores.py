@@ -19,7 +19,7 @@ class Score(NamedTuple):
 
     value: float
     stderr: float | None
-    higher_is_better: bool
+    higher_is_better: bool | None  # None where the task does not say
 
     def __str__(self) -> str:
         return f"{self.value:.4f}" + (f" ± {self.stderr:.4f}" if self.stderr is not None else "")
@@ -36,6 +36,6 @@ def scores_of(results: Results) -> dict[Place, Score]:
             stderr = found.get(f"{metric}_stderr,{filtered}")
             higher = results.get("higher_is_better", {}).get(task, {}).get(metric, True)
             scores[Place(task, metric, filtered)] = Score(
-                float(value), float(stderr) if isinstance(stderr, (int, float)) else None, bool(higher)
+                float(value), float(stderr) if isinstance(stderr, (int, float)) else None, higher
             )
     return scores

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers.utils import cached_file
 
 from ..convert.card import COMPARISON
 from ..convert.destination import differing
@@ -174,7 +174,7 @@ def _files_of(model: str | Path) -> Any:
     """A folder's files, or the commit of a Hub id."""
     if Path(model).is_dir():
         return _files(Path(model), DECISIVE)
-    return PretrainedConfig.get_config_dict(model)[0].get("_commit_hash")
+    return Path(cached_file(str(model), "config.json")).parent.name
 
 
 def _files(folder: Path, patterns: Sequence[str]) -> list[tuple[str, int, int]]:

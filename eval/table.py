@@ -21,9 +21,9 @@ def side_by_side(models: Mapping[str, Mapping[str, Any]]) -> str:
     return aligned_markdown(["Task", "Metric", "Better", *columns], rows, 3)
 
 
-def direction(higher_is_better: bool) -> str:
+def direction(higher_is_better: bool | None) -> str:
     """Which scores of a metric are the better ones."""
-    return "higher" if higher_is_better else "lower"
+    return {True: "higher", False: "lower", None: "not said"}[higher_is_better]
 
 
 def aligned_markdown(head: Sequence[str], rows: Sequence[Sequence[str]], words: int) -> str:

@@ -55,6 +55,17 @@ def test_verdicts_say_who_is_better_whichever_way_the_metric_goes():
     assert rows["text", "word_perplexity"].difference.difference > 0
 
 
+def test_a_metric_of_no_known_direction_is_not_judged():
+    """What the harness says of a task's own function, and of a group whose tasks differ: None."""
+    before, after = results_of({"t": {"my": [0] * 60}}), results_of({"t": {"my": [1] * 60}})
+    for results in (before, after):
+        results["higher_is_better"]["t"]["my"] = None
+    (row,) = compare(before, after)
+    assert (row.verdict, row.difference) == ("not compared", None)
+    assert "the task does not say whether a higher my is better" in sentence_of(row)
+    assert "not said" in table_of([row])
+
+
 def test_holm_makes_a_lone_small_p_value_undecided():
     tasks = {f"t{i}": {"acc": [0, 1] * 20} for i in range(10)}
     better = dict(tasks, t0={"acc": [1, 1] * 6 + [0, 1] * 14})

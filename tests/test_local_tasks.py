@@ -87,6 +87,15 @@ def test_passages_are_the_whole_text(tmp_path):
     assert len(passages) > 3
 
 
+@pytest.mark.parametrize("text", ["a word " * 1000, "字" * 5000], ids=["words", "no spaces"])
+def test_a_text_without_line_ends_is_passages_too(tmp_path, text):
+    write(tmp_path / "t.txt", text)
+    passages = [line["text"] for line in read_passages(tmp_path / "t.txt")]
+    assert "".join(passages) == text + "\n"
+    assert all(PASSAGE <= len(passage) <= PASSAGE + 101 for passage in passages[:-1])
+    assert all(passage.endswith((" ", "字")) for passage in passages[:-1])
+
+
 def test_all_four_request_types_and_the_groups_average(tmp_path, dense):
     write(tmp_path / "one.jsonl", *[GOOD | {"answer": i % 2} for i in range(5)])
     write(tmp_path / "two.jsonl", *[GOOD | {"answer": i % 2, "question": f"{i}?"} for i in range(3)])
