@@ -28,7 +28,11 @@ NEUTRAL_SCALE = {
     "softmax": lambda num_experts: float(num_experts),
 }
 ROUTING_INPUTS = ("expert_output", "hidden_state")
-LAYER_TYPES = ("full_attention", "sliding_attention")
+# Fields with a value for each layer, and the values that there are.
+PER_LAYER: dict[str, tuple[Any, ...]] = {
+    "layer_types": ("full_attention", "sliding_attention"),
+    "no_rope_layers": (0, 1),
+}
 
 # Tensor parallelism, by the styles that transformers has had since 4.57: each process holds whole experts, and the one
 # reduction that a dense FFN needs too, after `down_proj`, adds up their outputs.
@@ -157,12 +161,12 @@ class FinedeepConfig(LlamaConfig):  # trf-ignore: TRF057
         num_layers = kwargs.get("num_hidden_layers", LlamaConfig().num_hidden_layers)
         attention = "full_attention" if self.sliding_window is None else "sliding_attention"
         self.layer_types = _per_layer(
-            "layer_types", [attention] if layer_types is None else layer_types, num_layers, LAYER_TYPES
+            "layer_types", [attention] if layer_types is None else layer_types, num_layers, PER_LAYER["layer_types"]
         )
         if self.sliding_window is None and "sliding_attention" in self.layer_types:
             raise ValueError("layer_types has 'sliding_attention', for which sliding_window is wanted; it is None.")
         if no_rope_layers is not None:
-            no_rope_layers = _per_layer("no_rope_layers", no_rope_layers, num_layers, (0, 1))
+            no_rope_layers = _per_layer("no_rope_layers", no_rope_layers, num_layers, PER_LAYER["no_rope_layers"])
         self.no_rope_layers = no_rope_layers
         kwargs["auto_map"] = dict(AUTO_MAP)
         super().__init__(**_readable_by_every_version(kwargs))
@@ -177,6 +181,14 @@ class FinedeepConfig(LlamaConfig):  # trf-ignore: TRF057
             # expert's bias comes after the reduction: none of them is a sum over processes. Every process runs the FFN.
             shared = set(EXPERT_TP_PLAN)
             self.base_model_tp_plan = {k: v for k, v in self.base_model_tp_plan.items() if k not in shared}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Fields with a value for each layer follow the number of layers, as in a model that is cut or read in part."""
+        super().__setattr__(name, value)
+        if name == "num_hidden_layers" and isinstance(value, int):
+            for field, known in PER_LAYER.items():
+                if self.__dict__.get(field) is not None:
+                    super().__setattr__(field, _per_layer(field, self.__dict__[field], value, known))
 
     @property
     def expert_intermediate_size(self) -> int:

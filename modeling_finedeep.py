@@ -52,6 +52,8 @@ from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from .configuration_finedeep import FinedeepConfig
 
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # old versions of torch do not say
+
 
 def backward_is_ours() -> bool:
     """Whether to take the backward that is written out here, which keeps less of the forward than autograd's own.
@@ -64,6 +66,11 @@ def backward_is_ours() -> bool:
         and not torch.jit.is_tracing()
         and getattr(torch.autograd.forward_ad, "_current_level", -1) < 0
     )
+
+
+def autocast_type(x: torch.Tensor) -> str:
+    """The device type to switch autocast off for; the meta device has none of its own."""
+    return "cpu" if x.device.type == "meta" else x.device.type
 
 
 class NormKeepingItsInput(torch.autograd.Function):
@@ -93,7 +100,7 @@ class NormKeepingItsInput(torch.autograd.Function):
         r = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + ctx.eps)
         x = x * r
         p = d_n * x
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(autocast_type(x), enabled=False):
             p_w = (p @ w).unsqueeze(-1)
         d_x = torch.addcmul(d_n * w, x, p_w, value=-1 / x.shape[-1]) * r
         return d_x.to(dtype), p.sum_to_size(w.shape).to(weight.dtype), None
@@ -208,8 +215,11 @@ class FinedeepSublayer(nn.Module):
         return gates(s, self.routing_function, self.routed_scaling_factor)
 
     def prefers_per_expert(self, a: torch.Tensor) -> bool:
-        """Whether the definition is the cheaper form. It is no choice where this process holds only some experts."""
-        if self.routing_input == "hidden_state" or a.shape[-2] != self.num_experts:
+        """Whether the definition is the cheaper form. It is no choice where this process holds only some experts.
+
+        Nor in a graph that is exported, which has one form for every number of tokens.
+        """
+        if self.routing_input == "hidden_state" or a.shape[-2] != self.num_experts or is_exporting():
             return False
         tokens = a.shape[:-2].numel()
         if weight_is_readable(self.down_proj):
@@ -268,7 +278,7 @@ class WeightedActivations(torch.autograd.Function):
             d_a = torch.addcmul(d_a, d_s.unsqueeze(-1), v.to(g.dtype))
         if ctx.needs_input_grad[1]:
             over_g = d_s / torch.where(g == 0, 1, g)  # where g is 0, so are d_s and y
-            with torch.autocast(y.device.type, enabled=False):
+            with torch.autocast(autocast_type(y), enabled=False):
                 d_v = torch.einsum("...k,...ke->ke", over_g, y.to(g.dtype)).to(v.dtype)
         return d_a.to(y.dtype), d_v, None if ctx.s_shape is None else d_s.sum_to_size(ctx.s_shape), None, None
 
@@ -346,8 +356,21 @@ def local_part(x: torch.Tensor) -> torch.Tensor:
 def scores_of_hidden_state(n: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
     """s_k = <w_k, n> in float32 at least. Args: n (batch, seq, hidden); router (K, hidden). Returns (batch, seq, K)."""
     exact = torch.promote_types(n.dtype, torch.float32)
-    with torch.autocast(n.device.type, enabled=False):
+    with torch.autocast(autocast_type(n), enabled=False):
         return nn.functional.linear(n.to(exact), router.to(exact))
+
+
+def kept(h: torch.Tensor, positions: int | torch.Tensor) -> torch.Tensor:
+    """Those of h (batch, seq, hidden) that logits are wanted of.
+
+    Args: positions as Llama's `logits_to_keep`: the last ones, of which 0 are all; indices (n); indices (batch, n) of
+    each sequence; or a mask (batch, seq), which gives (tokens, hidden).
+    """
+    if isinstance(positions, int):
+        return h[:, -positions:, :]
+    if positions.ndim < 2:
+        return h[:, positions, :]
+    return h[positions] if positions.dtype == torch.bool else torch.take_along_dim(h, positions[..., None], dim=1)
 
 
 def dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -520,8 +543,7 @@ class FinedeepForCausalLM(FinedeepPreTrainedModel, LlamaForCausalLM):  # trf-ign
             else output_router_logits,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        logits = self.lm_head(kept(outputs.last_hidden_state, logits_to_keep))
         # CODEPATH: Granite scales its logits.
         if self.config.logits_scaling != 1:
             logits = logits / self.config.logits_scaling

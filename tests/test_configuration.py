@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import TINY
 from finedeep import FinedeepConfig, FinedeepForCausalLM
 from transformers import AutoConfig
 
@@ -110,3 +111,21 @@ def test_a_callers_dict_is_not_changed():
 def test_the_default_scale_makes_a_zero_router_neutral():
     assert FinedeepConfig().routed_scaling_factor == 2.0
     assert FinedeepConfig(routing_function="softmax", num_experts_per_sublayer=4).routed_scaling_factor == 4.0
+
+
+def test_layers_may_be_taken_off_or_added(tmp_path):
+    """As in a model that is read in part, or pruned: what each layer has follows."""
+    model = FinedeepForCausalLM(FinedeepConfig(**{**TINY, "intermediate_size": 48}))
+    model.save_pretrained(tmp_path / "model")
+    for layers in (1, 4):
+        part = FinedeepForCausalLM.from_pretrained(tmp_path / "model", num_hidden_layers=layers)
+        part.save_pretrained(tmp_path / f"{layers}")
+        assert len(FinedeepForCausalLM.from_pretrained(tmp_path / f"{layers}").model.layers) == layers
+        assert part.config.layer_types == ["full_attention"] * layers
+    config = FinedeepConfig(
+        num_hidden_layers=3, sliding_window=4, layer_types=["sliding_attention", "full_attention", "full_attention"]
+    )
+    config.num_hidden_layers = 2
+    assert config.layer_types == ["sliding_attention", "full_attention"]
+    with pytest.raises(ValueError, match="layer_types has 2 entries; num_hidden_layers=3 are wanted"):
+        config.num_hidden_layers = 3

@@ -71,6 +71,14 @@ def test_meta_device_then_weights(folder, ids):
     assert_same_logits(loaded.eval(), folder, ids)
 
 
+@pytest.mark.parametrize("routing_input", ["expert_output", "hidden_state"])
+def test_shapes_of_a_training_step_on_the_meta_device(ids, routing_input):
+    model = random_model(routing_input=routing_input).to("meta").train()
+    ids = ids.to("meta")
+    model(ids, labels=ids).loss.backward()
+    assert {parameter.grad.shape for parameter in model.parameters()} == {p.shape for p in model.parameters()}
+
+
 def test_meta_device_then_memory_not_yet_set():
     """`to_empty` and then the model's own initialisation: nothing that a constructor sets may be lost."""
     config = FinedeepConfig(

@@ -60,6 +60,26 @@ def test_compiles_as_one_graph_without_a_new_one_for_each_length(ids):
     assert len(graphs) <= 2  # the first length, then any length
 
 
+@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="this torch does not say when it exports")
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_graph_is_of_any_length(ids, strict):
+    """Both below and above `per_expert_max_tokens`, between which the model itself changes its form."""
+    model, lengths = random_model(), (5, 60)
+    where = {"input_ids": {1: torch.export.Dim("seq", min=2, max=100)}}
+    with torch.no_grad():
+        exported = torch.export.export(
+            model,
+            (),
+            {"input_ids": ids[:1, :40], "use_cache": False},
+            dynamic_shapes={**where, "use_cache": None},
+            strict=strict,
+        ).module()
+        for length in lengths:
+            text = torch.randint(0, 256, (1, length), generator=torch.Generator().manual_seed(1))
+            found = exported(input_ids=text, use_cache=False)
+            torch.testing.assert_close(found.logits, model(text).logits, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_follows_float32(ids, dtype):
     model = random_model().eval()

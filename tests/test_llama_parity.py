@@ -60,6 +60,26 @@ def test_generation_goes_on_from_a_cache(pair, prompts):  # noqa: F811
         assert torch.equal(model.generate(ids, past_key_values=cache, generation_config=rest), whole)
 
 
+@torch.no_grad()
+def test_logits_of_some_positions(pair, prompts):  # noqa: F811
+    """Of the last ones, the same of all sequences, others of each, or as a mask: against picking by hand."""
+    ids = prompts[0][:2, :6]
+    model = pair[1]
+    whole = model(ids).logits
+    some = torch.tensor([[4, 0], [1, 5]])
+    mask = torch.zeros(2, 6, dtype=torch.bool)
+    mask[0, 2] = mask[1, 3] = mask[1, 5] = True
+    wanted = {
+        "last": (2, whole[:, 4:]),
+        "all": (0, whole),
+        "the same": (torch.tensor([3, 1]), torch.stack([whole[:, 3], whole[:, 1]], 1)),
+        "others": (some, torch.stack([whole[0, [4, 0]], whole[1, [1, 5]]])),
+        "mask": (mask, torch.stack([whole[0, 2], whole[1, 3], whole[1, 5]])),
+    }
+    for positions, expected in wanted.values():
+        torch.testing.assert_close(model(ids, logits_to_keep=positions).logits, expected)
+
+
 def test_a_mask_of_four_dimensions(pair, prompts):  # noqa: F811
     """Two texts packed in one row, kept apart by the mask and by positions, as each alone."""
     a, b = prompts[0][:1, :20], prompts[0][:1, 20:]
