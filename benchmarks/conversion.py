@@ -144,15 +144,16 @@ def main() -> None:
 
 
 def table_of(content: dict) -> str:
-    """The README's table, from what was saved: medians, and the time of the copy in the same round."""
+    """The README's table, from what was saved: medians; the copy is that of the same round."""
     lines = ["| | seconds | of the copy's | with start-up | peak memory |", "| --- | ---: | ---: | ---: | ---: |"]
     for way, done in content["runs"].items():
         seconds = statistics.median(one["seconds"] for one in done)
         pairs = zip(done, content["runs"]["copy"], strict=True)
-        ratio = statistics.median(one["seconds"] / copy["seconds"] for one, copy in pairs)
+        ratios = [one["seconds"] / copy["seconds"] for one, copy in pairs]
+        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         command = statistics.median(one["command"] for one in done)
         peak = max(one["peak_rss"] for one in done)
-        lines.append(f"| {way} | {seconds:.1f} | {ratio:.2f} | {command:.1f} | {peak / 1e9:.2f} GB |")
+        lines.append(f"| {way} | {seconds:.1f} | {ratio} | {command:.1f} | {peak / 1e9:.2f} GB |")
     return "\n".join(lines)
 
 
