@@ -1,23 +1,45 @@
-"""Run a script in a fresh process that cannot import this project, as a user's machine would."""
+"""Run a script in a process of its own that cannot import this project, as a user's machine would."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import textwrap
+import traceback
 
 PREAMBLE = """
 import sys
 sys.modules["finedeep"] = None  # importing the project raises ImportError
 import json
 """
+# A server that has imported what takes seconds, and nothing of this project, forks the processes.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch", "transformers.generation.utils", "transformers.models.llama.modeling_llama"])
 
 
 def run_isolated(script, *arguments, **environment):
-    """Run `script` with `arguments` in sys.argv[1:]; it sets `answer`, which comes back by way of JSON."""
-    code = PREAMBLE + textwrap.dedent(script) + "\nprint('ANSWER' + json.dumps(answer))"
+    """Run `script` with `arguments` in sys.argv[1:]; it sets `answer`, which comes back by way of JSON.
+
+    A process that is to have another environment is begun anew, as libraries read theirs when they are imported.
+    """
+    code = PREAMBLE + textwrap.dedent(script)
+    arguments = [*map(str, arguments)]
+    if not environment:
+        mine, other = FORKS.Pipe()
+        process = FORKS.Process(target=run_forked, args=(code, arguments, other))
+        process.start()
+        other.close()
+        try:
+            answer, error = mine.recv()
+        except EOFError:
+            process.join()
+            answer, error = None, f"it died with exit code {process.exitcode}"
+        process.join()
+        assert error is None, error
+        return json.loads(answer)
     done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
+        [sys.executable, "-c", f"{code}\nprint('ANSWER' + json.dumps(answer))", *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, **environment},
@@ -26,3 +48,16 @@ def run_isolated(script, *arguments, **environment):
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.rsplit("ANSWER", 1)[1])
+
+
+def run_forked(code, arguments, pipe):
+    """What a forked process does: run the code, send the answer as JSON, or what was raised."""
+    assert "finedeep" not in sys.modules
+    os.chdir(os.environ["HF_HOME"])
+    sys.argv = ["isolated", *arguments]
+    names = {"__name__": "__main__"}
+    try:
+        exec(compile(code, "isolated", "exec"), names)
+        pipe.send((json.dumps(names["answer"]), None))
+    except BaseException:
+        pipe.send((None, traceback.format_exc()))
