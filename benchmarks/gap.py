@@ -104,9 +104,10 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> Iterator[dict[str, 
         M, K = shape.split("x")
         cut = scratch / f"cut-{shape}"
         run(["convert", arguments.checkpoint, cut, "--sublayers", M, "--experts", K])
+        losses = dense, loss_of(cut, windows)
         for source in arguments.sources:
             for seed in arguments.seeds:
-                yield from climb(arguments, scratch, shape, source, seed, learnt, windows, dense, loss_of(cut, windows))
+                yield from climb(arguments, scratch, shape, source, seed, learnt, windows, losses)
 
 
 def climb(
@@ -117,10 +118,9 @@ def climb(
     seed: int,
     learnt: Path,
     windows: torch.Tensor,
-    dense: float,
-    cut: float,
+    losses: tuple[float, float],
 ) -> Iterator[dict[str, Any]]:
-    """The rungs, one by one."""
+    """The rungs, one by one. `losses`: the dense model's and the cut's."""
     M, K = shape.split("x")
     seconds: dict[str | None, float] = {None: 0.0}
     for rung in arguments.rungs:
@@ -152,8 +152,8 @@ def climb(
             "rung": rung,
             "seconds": round(seconds[rung], 1),
             "loss": loss_of(Path(place["out"]), windows),
-            "dense": dense,
-            "cut": cut,
+            "dense": losses[0],
+            "cut": losses[1],
             "tokens": windows.numel(),
             "command": " ".join(["finedeep", *(names.get(word, word) for word in command)]),
             "threads": torch.get_num_threads(),

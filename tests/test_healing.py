@@ -264,12 +264,12 @@ FSDP2 = (
 @pytest.mark.parametrize("launcher", [TORCHRUN, pytest.param(FSDP2, marks=pytest.mark.slow)], ids=["ddp", "fsdp2"])
 def test_two_processes(tmp_path, dense, cut, launcher):
     """By the launcher: each process samples its share and sees its half of every batch, and one folder is written."""
-    data = {"tokens": 51_200, "context": 8}  # 1,600 texts, in four batches
+    data = {"tokens": 32_800, "context": 8}  # 1,025 texts, in three batches
     words = [sys.executable, "-m", *launcher]
     words += ["heal", str(cut), str(tmp_path / "two"), "--teacher", str(dense), "--batch-size", "2", "--quiet"]
     words += ["--tokens", str(data["tokens"]), "--context", str(data["context"]), "--steps", "6"]
-    quicker = {"per_device_eval_batch_size": 50}  # the 400 windows held out are a multiple
-    words += ["--set", "per_device_eval_batch_size=50"]
+    quicker = {"per_device_eval_batch_size": 64}  # the 256 windows held out are a multiple
+    words += ["--set", "per_device_eval_batch_size=64"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
