@@ -11,14 +11,13 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..configuration_finedeep import FinedeepConfig
+from ..configuration_finedeep import PER_LAYER, FinedeepConfig
 from ..modeling_finedeep import FinedeepModel, FinedeepSublayer, LlamaRotaryEmbedding
 from .errors import ConversionError
 from .plan import Plan, make_plan
 from .tensors import layer_tensors
 
 CHUNK = 8192  # tokens that are worked on at a time
-PER_LAYER = ("layer_types", "no_rope_layers")  # fields of the config with a value for each layer
 
 
 class Stream:
@@ -60,7 +59,7 @@ class Stream:
         config = copy.deepcopy(self.dense_plan.config)
         config.num_hidden_layers, config.embedding_multiplier, config.output_router_logits = 1, 1.0, False
         for field in PER_LAYER:
-            values = getattr(config, field)
+            values = getattr(self.dense_plan.config, field)
             setattr(config, field, None if values is None else values[layer : layer + 1])
         with torch.device("meta"):
             model = FinedeepModel(config).eval().requires_grad_(False)
