@@ -110,7 +110,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
     option("--revision", help="branch, tag or commit of a Hub source")
     option("--resume", action="store_true", help="go on with what a stopped run has finished, and keep it if stopped")
-    option("--dry-run", action="store_true", help="print what would be made of what, sizes included; write nothing")
+    option(
+        "--dry-run",
+        action="store_true",
+        help="print what would be made of what, sizes included; write nothing (a Hub id is downloaded for it)",
+    )
     option("--quiet", action="store_true", help="no progress bar, no summary")
 
 
