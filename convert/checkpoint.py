@@ -149,6 +149,7 @@ def _neurons_of(plan: Plan, calibration: Calibration | None, folder: Path, progr
 
 
 def _assigned(plan: Plan, progress: bool) -> list[torch.Tensor]:
+    """As `_neurons_of`, by the assignment that was asked for, which may measure."""
 
     @cache
     def activities() -> list[torch.Tensor]:

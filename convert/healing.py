@@ -38,7 +38,7 @@ from .source import COMPANIONS, read_json
 
 HEALING = "finedeep_healing.json"
 HIDDEN_STATES = 10.0  # measured: convert/README.md
-PLAN, WINDOWS, CHECKPOINT = "plan.json", "windows.safetensors", "checkpoint-*"
+PLAN, WINDOWS = "plan.json", "windows.safetensors"
 
 
 @dataclass(frozen=True)
@@ -377,10 +377,7 @@ def _begin(work: Path, plan: Mapping[str, Any], resume: bool) -> None:
     """Make the folder of a new run, or check that a stopped one, if it got anywhere, is to be gone on with."""
     path, plan = work / PLAN, json.loads(json.dumps(plan))
     before = read_json(path, "what the stopped run was to do") if path.exists() else {}
-    finished = _checkpoints(work)
-    for folder in set(work.glob(CHECKPOINT)) - set(finished):
-        shutil.rmtree(folder)
-    if not finished:
+    if not _checkpoints(work):
         if before != plan:  # otherwise its windows will do
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
@@ -399,7 +396,7 @@ def _begin(work: Path, plan: Mapping[str, Any], resume: bool) -> None:
 
 def _checkpoints(work: Path) -> list[Path]:
     """The training's checkpoints in order, without one that a killed run has left half-made: `Trainer` ends with it."""
-    found = [folder for folder in work.glob(CHECKPOINT) if (folder / TRAINER_STATE_NAME).is_file()]
+    found = [folder for folder in work.glob("checkpoint-*") if (folder / TRAINER_STATE_NAME).is_file()]
     return sorted(found, key=lambda folder: int(folder.name.rpartition("-")[2]))
 
 
