@@ -183,12 +183,17 @@ class FinedeepConfig(LlamaConfig):  # trf-ignore: TRF057
             self.base_model_tp_plan = {k: v for k, v in self.base_model_tp_plan.items() if k not in shared}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Fields with a value for each layer follow the number of layers, as in a model that is cut or read in part."""
+        """Where all layers are alike, the fields with a value for each follow their number.
+
+        As in a model that is cut or read in part. Layers that differ are left alone: which of them are taken, or stand
+        in for more, is not for a number to say; and some functions change it for a while only.
+        """
         super().__setattr__(name, value)
         if name == "num_hidden_layers" and isinstance(value, int):
-            for field, known in PER_LAYER.items():
-                if self.__dict__.get(field) is not None:
-                    super().__setattr__(field, _per_layer(field, self.__dict__[field], value, known))
+            for field in PER_LAYER:
+                values = self.__dict__.get(field)
+                if values and len(set(values)) == 1:
+                    super().__setattr__(field, values[:1] * value)
 
     @property
     def expert_intermediate_size(self) -> int:

@@ -85,7 +85,7 @@ def whole_folder(destination: Path, plan: Mapping[str, Any], resume: bool = Fals
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        except (BlockingIOError, PermissionError) as error:
             raise ConversionError(f"another run is writing {destination}; wait for it or stop it.") from error
         except OSError:
             pass  # a file system without locks

@@ -218,7 +218,8 @@ def heal(
             f"{arguments.n_gpu} devices are seen by one process; one process for each is wanted: accelerate launch -m "
             "finedeep_cli heal ... (or CUDA_VISIBLE_DEVICES=0 for one alone)."
         )
-    windows, held = _prepare(work, model, config, teacher, o, resume, arguments)
+    files = _files(model, o)
+    windows, held = _prepare(work, model, config, teacher, o, files, resume, arguments)
     with without_loading_bars():
         student = FinedeepForCausalLM.from_pretrained(model, dtype=torch.float32)
         # Checkpoints of the training have no use for the model's own, which some versions refuse to save as it is.
@@ -245,7 +246,7 @@ def heal(
                 f"is wanted. Remove {work}: its checkpoints are of no use."
             )
         healed = Healed(destination, _tokens_seen(trainer, o), before, after)
-        _save(model, trainer, config, o, healed)
+        _save(model, trainer, config, o, files, healed)
     return healed
 
 
@@ -337,6 +338,7 @@ def _prepare(
     config: FinedeepConfig,
     teacher: PreTrainedModel | None,
     o: HealingOptions,
+    files: Mapping[str, Any],
     resume: bool,
     arguments: TrainingArguments,
 ) -> tuple[torch.Tensor, int]:
@@ -349,8 +351,7 @@ def _prepare(
     path, process = work / WINDOWS, arguments.process_index
     try:
         if process == 0:
-            plan = {"model": str(model.resolve()), **dataclasses.asdict(o), "files": _files(model, o)}
-            _begin(work, plan, resume)
+            _begin(work, {"model": str(model.resolve()), **dataclasses.asdict(o), "files": files}, resume)
         if _of_first_process(not path.exists()) and (process == 0 or o.data == SELF):  # sampling is shared out
             sampler = teacher.to(arguments.device) if teacher is not None else None
             progress = not arguments.disable_tqdm and process == 0
@@ -420,31 +421,39 @@ def _tokens_seen(trainer: HealingTrainer, o: HealingOptions) -> int:
     return trainer.state.global_step * a.train_batch_size * a.gradient_accumulation_steps * a.world_size * o.context
 
 
-def _save(model: Path, trainer: HealingTrainer, config: FinedeepConfig, o: HealingOptions, healed: Healed) -> None:
+def _save(
+    model: Path,
+    trainer: HealingTrainer,
+    config: FinedeepConfig,
+    o: HealingOptions,
+    files: Mapping[str, Any],
+    healed: Healed,
+) -> None:
     """Write the healed model as a whole folder, in the dtype of the one it came from."""
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
-        student = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
+        student = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}  # torch.compile's
         if config.tie_word_embeddings:
             state.pop("lm_head.weight", None)
         state = {name: tensor.to(config.dtype or torch.float32) for name, tensor in state.items()}
         with whole_folder(healed.folder, {}) as folder:
             student.save_pretrained(folder, state_dict=state)
+            (folder / "generation_config.json").unlink(missing_ok=True)  # it was the training's
             config.save_pretrained(folder)  # which names the dtype of the file, not of the training
-            _write_companions(model, folder, o, healed)
+            _write_companions(model, folder, o, files, healed)
         shutil.rmtree(trainer.args.output_dir)
     trainer.accelerator.wait_for_everyone()
 
 
-def _write_companions(model: Path, folder: Path, o: HealingOptions, healed: Healed) -> None:
+def _write_companions(model: Path, folder: Path, o: HealingOptions, files: Mapping[str, Any], healed: Healed) -> None:
     """What belongs to the model beside its weights, and the receipts: the conversion's, and healing's own."""
     for pattern in (*COMPANIONS, NEURONS):
         for file in model.glob(pattern):
             shutil.copyfile(file, folder / file.name)
     receipt = {
         "options": dataclasses.asdict(o),
-        "data_sha256": _files(model, o)["text"],
+        "data_sha256": files["text"],
         "tokens_seen": healed.tokens_seen,
         "held_out_nats_per_token": {"before": healed.before, "after": healed.after},
         "versions": {package: version(package) for package in (*PACKAGES, "accelerate")},

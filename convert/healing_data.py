@@ -12,7 +12,7 @@ from .calibration_text import SELF, check_vocabulary, read_tokens, sampled_batch
 from .errors import ConversionError
 
 COLUMN = "text"
-ANOTHER_SEED = 2**32
+ANOTHER_SEED = 2**31  # of a seed's bits a CPU's generator takes the lower 32
 AT_ONCE = 64  # documents that are tokenised at a time
 WINDOWS_OF_A_TEXT = 4  # that is sampled, at most: a longer one takes longer for each of its tokens
 

@@ -36,6 +36,7 @@ assert torch.isfinite(logits).all(), "its logits are not finite"
 print("FINGERPRINT", hashlib.sha256(logits.numpy().tobytes()).hexdigest())
 """
 NOT_PUSHED = ("README.md", PLAN, LOCK)
+CACHES = ("HF_HUB_CACHE", "TRANSFORMERS_CACHE", "HF_XET_CACHE", "HF_MODULES_CACHE")  # the second in transformers 4
 # What an HTTP status of the Hub means for somebody who pushes, and what to do.
 REASONS = {
     401: "the token was refused; log in with `hf auth login`, or set HF_TOKEN to a token that may write",
@@ -135,7 +136,7 @@ def push_folder(
     tell(f"Loading {repo_id} at {pushed.oid} from the Hub, into an empty cache ...")
     with tempfile.TemporaryDirectory(prefix="finedeep-push-") as cache:
         # Not HF_HOME, where `hf auth login` keeps the token.
-        caches = {name: f"{cache}/{name}" for name in ("HF_HUB_CACHE", "HF_XET_CACHE", "HF_MODULES_CACHE")}
+        caches = {name: f"{cache}/{name}" for name in CACHES}
         there = _fingerprint(repo_id, pushed.oid, caches)
     if there != here:
         raise ConversionError(

@@ -152,17 +152,17 @@ def _local_folder(source: str | Path, revision: str | None, check: Check) -> Pat
     if not HUB_ID.fullmatch(str(source)):
         raise ConversionError(f"{source} does not exist; the folder of a checkpoint, or a Hub id, is wanted.")
 
-    def fetch(patterns: list[str]) -> Path:
+    def fetch(patterns: list[str], revision: str | None) -> Path:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
 
     try:
-        folder = fetch(["config.json", "README.md", INDEX, *COMPANIONS, OURS])
+        folder = fetch(["config.json", "README.md", INDEX, *COMPANIONS, OURS], revision)
         check(read_json(folder / "config.json", "the model's configuration"), str(source))
         # Not "*.safetensors": some repositories have all weights in another form too.
         has_index = (folder / INDEX).is_file()
         weight_map = read_json(folder / INDEX, "the list of shards").get("weight_map") if has_index else None
         shards = {str(shard) for shard in weight_map.values()} if isinstance(weight_map, dict) else set()
-        return fetch(sorted(filter(SHARD_NAME.fullmatch, shards)) or [WEIGHTS])
+        return fetch(sorted(filter(SHARD_NAME.fullmatch, shards)) or [WEIGHTS], folder.name)  # of the same commit
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConversionError(

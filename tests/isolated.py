@@ -13,7 +13,7 @@ import sys
 sys.modules["finedeep"] = None  # importing the project raises ImportError
 import json
 """
-# A server that has imported what takes seconds, and nothing of this project, forks the processes.
+# A server that has imported what takes seconds, and nothing of this project, forks the processes; Python has but one.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "transformers.generation.utils", "transformers.models.llama.modeling_llama"])
 
@@ -31,10 +31,10 @@ def run_isolated(script, *arguments, **environment):
         process.start()
         other.close()
         try:
-            answer, error = mine.recv()
+            answer, error = mine.recv() if mine.poll(300) else (None, "it has not answered for 300 seconds")
         except EOFError:
-            process.join()
-            answer, error = None, f"it died with exit code {process.exitcode}"
+            answer, error = None, "it died without a word"
+        process.kill()  # if it is still there
         process.join()
         assert error is None, error
         return json.loads(answer)
@@ -52,11 +52,11 @@ def run_isolated(script, *arguments, **environment):
 
 def run_forked(code, arguments, pipe):
     """What a forked process does: run the code, send the answer as JSON, or what was raised."""
-    assert "finedeep" not in sys.modules
-    os.chdir(os.environ["HF_HOME"])
-    sys.argv = ["isolated", *arguments]
     names = {"__name__": "__main__"}
     try:
+        assert "finedeep" not in sys.modules
+        os.chdir(os.environ["HF_HOME"])
+        sys.argv = ["isolated", *arguments]
         exec(compile(code, "isolated", "exec"), names)
         pipe.send((json.dumps(names["answer"]), None))
     except BaseException:

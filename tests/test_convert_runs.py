@@ -2,7 +2,6 @@
 
 import errno
 import json
-import multiprocessing
 import random
 import re
 import signal
@@ -20,6 +19,7 @@ from finedeep.convert.neurons import ASSIGNMENTS, balanced_clusters
 from finedeep.convert.plan import Options
 from finedeep.convert.receipt import RECEIPT
 from finedeep_cli import convert_command, main
+from isolated import FORKS
 from safetensors.torch import load_file
 from test_convert import assert_same_logits, fingerprint, load
 from test_families import CASES, make_family
@@ -343,10 +343,8 @@ def _convert_in_child(dense, out, resume, started):
 
 def killed_at(moment, dense, out, resume):
     """Convert in another process, which is killed after so many seconds. Returns whether it was still at work."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["finedeep.convert"])
-    started = context.Event()
-    child = context.Process(target=_convert_in_child, args=(dense, out, resume, started))
+    started = FORKS.Event()
+    child = FORKS.Process(target=_convert_in_child, args=(dense, out, resume, started))
     child.start()
     assert started.wait(60)
     time.sleep(moment)

@@ -249,6 +249,18 @@ def test_any_field_of_training_arguments(tmp_path, dense, cut):
     assert json.loads((tmp_path / "out/generation_config.json").read_text()) == settings
 
 
+def test_what_has_no_generation_config_gets_none(tmp_path, dense, cut):
+    """Its own, of the training, would hide the EOS that config.json names."""
+    model = shutil.copytree(cut, tmp_path / "model")
+    (model / "generation_config.json").unlink(missing_ok=True)
+    heal(model, tmp_path / "out", teacher=str(dense), **{**QUICK, "steps": 1})
+    eos = [
+        AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id
+        for folder in (model, tmp_path / "out")
+    ]
+    assert eos == [257, 257]
+
+
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "finedeep_cli")
 FSDP2 = (
     "accelerate.commands.launch",
@@ -317,11 +329,9 @@ def test_short_windows_are_cut_from_longer_sampled_texts(dense, context, length)
 
 def test_what_calibration_learnt_from_is_not_healed_on(dense):
     teacher = LlamaForCausalLM.from_pretrained(dense)
-    learnt, windows = (
-        sampled_windows(teacher, 2048, 3, False),
-        healing_windows("self", dense, 260, 128, 4096, teacher, 3, False),
-    )
-    assert learnt.shape[1] == windows.shape[1]
+    learnt = sampled_windows(teacher, 4096, 3, False)
+    windows = healing_windows("self", dense, 260, 128, 4096, teacher, 3, False)
+    assert learnt.shape == windows.shape
     assert not {tuple(window) for window in learnt.tolist()} & {tuple(window) for window in windows.tolist()}
 
 
