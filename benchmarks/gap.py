@@ -198,6 +198,11 @@ def groups_of(lines: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], lis
     yield from sorted(means, key=lambda item: (*(item[0][name] for name in ("model", "shape")), item[0]["seconds"]))
 
 
+def seeds_of(lines: list[dict[str, Any]]) -> int:
+    """How many seeds there are: what was measured again, as a step to another rung, is counted once."""
+    return len({line["seed"] for line in lines})
+
+
 def table_of(lines: list[dict[str, Any]]) -> str:
     """Everything that was measured: means over seeds, with the lowest and the highest share, and median seconds."""
     head = ["model", "M x K", "text", "rung", "options", "loss", "over dense", "of the gap closed"]
@@ -222,7 +227,7 @@ def table_of(lines: list[dict[str, Any]]) -> str:
                 f"{statistics.mean(shares):.1%} ({min(shares):.1%} to {max(shares):.1%})",
                 f"{mean['seconds']:.0f}",
                 str(mean["threads"]),
-                str(len(found)),
+                str(seeds_of(found)),
             ]
         )
     return markdown(head, rows, 5)
@@ -236,7 +241,7 @@ def summary_of(lines: list[dict[str, Any]]) -> str:
     head = ["model", "M x K", "dense", "cut", *(rung for rung in RUNGS if rung in {line["rung"] for line in lines})]
     rows: dict[tuple[str, str], dict[str, str]] = {}
     groups = groups_of([line for line in lines if line["source"] == "self"])
-    for mean, found in sorted(groups, key=lambda group: (len(group[1]), -group[0]["loss"])):
+    for mean, found in sorted(groups, key=lambda group: (seeds_of(group[1]), -group[0]["loss"])):
         row = rows.setdefault((mean["model"], mean["shape"]), {})
         row |= {name: f"{mean[name]:.3f}" for name in ("dense", "cut")}
         closed = statistics.mean(1 - left_of(line) for line in found)

@@ -33,6 +33,7 @@ def test_means_over_seeds_and_shares_of_the_gap():
     assert "| 1.2000 | +0.2000 | 80.0% (70.0% to 90.0%) | 60 | 2 | 3 |" in row
     assert "`--steps 7`" in row
     assert "1.200 (80%, 1.0 min on 2)" in gap.summary_of(lines)
+    assert "| 60 | 2 | 3 |" in gap.table_of([*lines, *lines])  # measured twice, and still three seeds
 
 
 def test_what_was_done_otherwise_is_a_row_of_its_own():
