@@ -92,6 +92,7 @@ def test_a_text_without_line_ends_is_passages_too(tmp_path, text):
     write(tmp_path / "t.txt", text)
     passages = [line["text"] for line in read_passages(tmp_path / "t.txt")]
     assert "".join(passages) == text + "\n"
+    assert len(passages) > 3
     assert all(PASSAGE <= len(passage) <= PASSAGE + 101 for passage in passages[:-1])
     assert all(passage.endswith((" ", "字")) for passage in passages[:-1])
 
