@@ -102,7 +102,6 @@ def _check_finedeep(config: Mapping[str, Any], where: str) -> None:
 
 def _finedeep_config(held: DenseCheckpoint) -> FinedeepConfig:
     path = held.folder / "config.json"
-    _check_finedeep(held.config, str(path))
     try:
         config = FinedeepConfig(**{k: v for k, v in held.config.items() if k not in ("model_type", "auto_map")})
     except Exception as error:

@@ -76,12 +76,11 @@ def why_not(config: Mapping[str, Any]) -> str:
     return "this family is not known here"
 
 
-def check_family(config: Mapping[str, Any], where: str) -> str:
-    """The `model_type` of a config. Raises `ConversionError` where it is of no family that can be converted."""
+def check_family(config: Mapping[str, Any], where: str) -> None:
+    """Raise `ConversionError` for a config of no family that can be converted."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConversionError(
             f"{where} has model_type {model_type!r}, which cannot be converted: {why_not(config)}. Families that can: "
             f"{', '.join(FAMILIES)}."
         )
-    return model_type

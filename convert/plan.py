@@ -14,7 +14,7 @@ from transformers import LlamaConfig, PretrainedConfig
 
 from ..configuration_finedeep import FinedeepConfig
 from .errors import ConversionError, check_whole_number
-from .families import FAMILIES, Family, check_family
+from .families import FAMILIES, Family
 from .hashing import sha256
 from .mapping import RECOMPUTED, Target, dense_shapes, family_config, pieces, some, targets
 from .neurons import ASSIGNMENTS, Layer, layer_generator
@@ -257,7 +257,7 @@ def _inherited(fields: Mapping[str, Any], family: Family) -> dict[str, Any]:
 def _read_config(dense: DenseCheckpoint) -> tuple[str, PretrainedConfig, dict[str, tuple[int, ...]]]:
     """The family's name, its configuration, and the tensors that a model of it has."""
     path = dense.folder / "config.json"
-    model_type = check_family(dense.config, str(path))
+    model_type = dense.config["model_type"]
     if dense.config.get("quantization_config"):
         raise ConversionError(f"{path} has a quantization_config; convert the unquantised checkpoint.")
     layers = dense.config.get("num_hidden_layers")

@@ -43,7 +43,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 # More than any real configuration, index or tokenizer has; json needs some ten times as much memory.
 MAX_JSON_BYTES = 200 * 10**6
 SHARD_NAME = re.compile(r"[\w-][\w.-]{0,200}\.safetensors")
-Check = Callable[[Mapping[str, Any], str], Any]
+Check = Callable[[Mapping[str, Any], str], None]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -111,13 +111,15 @@ def open_checkpoint(source: str | Path, revision: str | None = None, check: Chec
     Args:
         source: the folder or the id.
         revision: branch, tag or commit of a Hub id.
-        check: raises where a configuration is of the wrong kind, before the weights of a Hub id are fetched.
+        check: raises where a configuration is of the wrong kind; of a Hub id, before its weights are fetched.
 
     Raises:
         ConversionError: there is no such folder or repository, or it holds no complete safetensors checkpoint.
     """
     folder = _local_folder(source, revision, check)
-    config = read_json(_inside(folder, folder / "config.json"), "the model's configuration")
+    path = _inside(folder, folder / "config.json")
+    config = read_json(path, "the model's configuration")
+    check(config, str(path))
     tensors: dict[str, TensorInfo] = {}
     for path, listed in _weight_files(folder).items():
         with _opened(path) as file:
