@@ -384,7 +384,7 @@ def test_killed_at_twenty_random_moments(tmp_path, dense):
 
 def test_an_interrupted_command_says_how_to_go_on(tmp_path):
     """Ctrl-C to the real command, once a shard is there."""
-    dense = make_dense(tmp_path / "dense", hidden_size=256, intermediate_size=1024, num_hidden_layers=8)
+    dense = make_dense(tmp_path / "dense", hidden_size=128, intermediate_size=512, num_hidden_layers=64)
     out = tmp_path / "out"
     command = [sys.executable, "-m", "finedeep_cli", "convert", str(dense), str(out), "--max-shard-size", "100KB"]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

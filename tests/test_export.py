@@ -1,6 +1,9 @@
 """Back to the dense model: equal tensors, or a refusal."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from finedeep.convert import ConversionError, convert_checkpoint, export_checkpo
 from finedeep.convert.families import FAMILIES
 from finedeep.convert.receipt import RECEIPT
 from finedeep_cli import main
+from hub_server import running_hub
 from safetensors.torch import load_file
 from test_families import CASES, make_family
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -71,6 +75,20 @@ def test_shards_biases_and_half_precision(tmp_path):
 def test_without_a_receipt_a_llama_of_the_same_function(tmp_path, dense):
     there_and_back(dense, tmp_path, keep_receipt=False, assignment="random")
     assert_same_function(tmp_path / "back", dense)
+
+
+def test_a_hub_id_comes_with_its_receipt(tmp_path, dense):
+    """Over real HTTP: without the receipt the neurons would not be where they were."""
+    convert_checkpoint(dense, tmp_path / "there", num_expert_sublayers=1, assignment="random", progress=False)
+    with running_hub() as (hub, environment):
+        hub.repositories["org/there"] = [{path.name: path.read_bytes() for path in (tmp_path / "there").iterdir()}]
+        environment = {**os.environ, **environment, "HF_HOME": str(tmp_path / "home")}
+        command = [sys.executable, "-m", "finedeep_cli", "export", "org/there", str(tmp_path / "back"), "--quiet"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        fetched = {path.rsplit("/", 1)[1] for _, path in hub.requests if "/resolve/" in path}
+    assert done.returncode == 0, done.stderr
+    assert not [name for name in fetched if name.endswith(".py")]
+    assert_equal_tensors(tmp_path / "back", dense)
 
 
 def saved(tmp_path, **changes):

@@ -21,6 +21,7 @@ from finedeep.eval.harness import SUITE
 from finedeep.eval.scores import scores_of
 from finedeep.eval.tokenization import check_same_tokenizer
 from finedeep_cli import main
+from hub_server import running_hub
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 
@@ -206,6 +207,33 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, capsys):
     assert main([*map(str, words), "--quiet"]) == 0
     (results,) = output.rglob("results_*.json")
     assert scores_of(json.loads(results.read_text())) == whole
+
+
+PLAN = """
+import json
+from finedeep.eval.study import plan_of
+print(json.dumps(plan_of({"dense": "org/dense"}, [], None, {})))
+"""
+
+
+def test_a_hub_model_that_changes_makes_another_run(tmp_path):
+    """Over real HTTP. Of a Hub id a run keeps the commit, though the id is the same."""
+
+    def plan():
+        command = [sys.executable, "-c", PLAN]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    with running_hub() as (hub, environment):
+        environment = {**os.environ, **environment, "HF_HOME": str(tmp_path)}
+        hub.repositories["org/dense"] = [{"config.json": b'{"model_type": "llama"}'}]
+        before, again = plan(), plan()
+        hub.repositories["org/dense"].append({"config.json": b'{"model_type": "llama", "vocab_size": 3}'})
+        hub.branches["org/dense", "main"] = 1
+        after = plan()
+    assert before == again
+    assert {name for name in before if before[name] != after[name]} == {"files of dense"}
 
 
 def test_memory_that_runs_out_halves_the_batch(monkeypatch, capsys, dense, questions):
