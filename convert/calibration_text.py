@@ -54,7 +54,7 @@ def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase:
     try:
         if not any((folder / name).is_file() for name in VOCABULARIES):  # some versions make an empty one up
             raise FileNotFoundError(f"none of {', '.join(VOCABULARIES)}")
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # what is raised where there is none differs by version
         raise ConversionError(
             f"{folder} has no tokenizer that can be loaded ({' '.join(str(error).split())[:200]}); one beside the "

@@ -1,13 +1,12 @@
 """Two models can be compared sample by sample only where they read the same tokens."""
 
+from itertools import zip_longest
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..convert.tokenization import PROBE, first_difference
 from .errors import EvaluationError
-
-# What tokenizers like to differ in: spaces, case, digits, accents, other scripts, line ends, and what they put around.
-PROBE = "Once upon a time, in 2024 - naïve Ünïcode; 東京 и Москва!\n\n  def f(x): return x ** 2\t# 3.14159"
 
 
 def check_same_tokenizer(baseline: str | Path, model: str | Path) -> str:
@@ -16,7 +15,7 @@ def check_same_tokenizer(baseline: str | Path, model: str | Path) -> str:
     Raises:
         EvaluationError: the tokenizers differ, or one is missing.
     """
-    before, after = _load(baseline), _load(model)
+    before, after = load_tokenizer(baseline), load_tokenizer(model)
     beginning = _beginning(model, after)
     vocabulary, other = before.get_vocab(), after.get_vocab()
     if vocabulary != other:
@@ -24,11 +23,10 @@ def check_same_tokenizer(baseline: str | Path, model: str | Path) -> str:
         found = (
             f"{len(vocabulary)} and {len(other)} tokens; {token!r} is {vocabulary.get(token)} and {other.get(token)}"
         )
-    elif before(PROBE)["input_ids"] != after(PROBE)["input_ids"]:
-        found = (
-            f"{PROBE[:16]!r}... begins with {before.convert_ids_to_tokens(before(PROBE)['input_ids'][:6])} and "
-            f"{after.convert_ids_to_tokens(after(PROBE)['input_ids'][:6])}"
-        )
+    elif (text := first_difference(before, after)) is not None:
+        tokens = [each.convert_ids_to_tokens(each(text)["input_ids"]) for each in (before, after)]
+        same = next(i for i, pair in enumerate(zip_longest(*tokens)) if pair[0] != pair[1])
+        found = f"from token {same} of {text[:24]!r}... on, {tokens[0][same:][:6]} and {tokens[1][same:][:6]}"
     elif (before.bos_token_id, before.eos_token_id) != (after.bos_token_id, after.eos_token_id):
         found = (
             f"BOS and EOS are {before.bos_token!r}, {before.eos_token!r} and {after.bos_token!r}, {after.eos_token!r}"
@@ -41,7 +39,8 @@ def check_same_tokenizer(baseline: str | Path, model: str | Path) -> str:
     )
 
 
-def _load(model: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
+    """A model's tokenizer. Raises `EvaluationError` where there is none."""
     try:
         return AutoTokenizer.from_pretrained(model)
     except Exception as error:  # what is raised where there is none differs by version
@@ -52,7 +51,7 @@ def _load(model: str | Path) -> PreTrainedTokenizerBase:
 
 def beginning_of(model: str | Path) -> str:
     """Say how contexts begin. Raises `EvaluationError` where the harness could not score with such a tokenizer."""
-    return _beginning(model, _load(model))
+    return _beginning(model, load_tokenizer(model))
 
 
 def _beginning(model: str | Path, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -12,13 +12,20 @@ import sys
 
 import pytest
 import torch
-from conftest import make_dense
+from conftest import TINY, make_dense
 from finedeep.convert import ConversionError, convert_checkpoint
 from finedeep.convert.checkpoint import plan_conversion
 from finedeep.convert.neurons import PADDING, deal
 from hub_server import running_hub
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from tokenizers import Tokenizer, models, normalizers
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+)
 
 
 def load(folder):
@@ -137,6 +144,46 @@ def test_companions_come_along(dense, converted):
     assert tokenizers[0]("Hello, world")["input_ids"] == tokenizers[1]("Hello, world")["input_ids"]
     assert tokenizers[0].chat_template == tokenizers[1].chat_template
     assert (converted / "generation_config.json").read_bytes() == (dense / "generation_config.json").read_bytes()
+
+
+def sentencepiece_like(folder, **config):
+    """As Mistral's and Phi-3's are: the file has its own rule for the "▁" before a text, the class named another."""
+    letters = [*map(chr, range(33, 127)), "▁", "▁▁", "\n"]
+    vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    ids = {token: i for i, token in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.BPE(ids, [("▁", "▁")], byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **tokens, **config}))
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("family", ["llama", "mistral", "phi3", "granite"])
+def test_the_tokens_are_those_of_the_dense_model(tmp_path, family, legacy):
+    """transformers 5 goes by the model's type, and only for some types takes the file as it is."""
+    config = CONFIG_MAPPING[family](**TINY | {"vocab_size": 400})
+    MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).save_pretrained(tmp_path / "dense")
+    sentencepiece_like(tmp_path / "dense", legacy=legacy)
+    convert_checkpoint(tmp_path / "dense", tmp_path / "out", num_expert_sublayers=1, progress=False)
+    before, after = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("dense", "out"))
+    for text in ("Hello, world", " = Robert = ", "Hello</s>\nHi</s> you", "a  b", ""):
+        assert before(text)["input_ids"] == after(text)["input_ids"], text
+        assert before(text).keys() == after(text).keys()
+    assert (before.bos_token, before.eos_token) == (after.bos_token, after.eos_token) == ("<s>", "</s>")
+
+
+def test_a_tokenizers_code_is_not_run_whatever_is_answered(tmp_path, dense):
+    """transformers asks whether to, where nobody has said no."""
+    source = shutil.copytree(dense, tmp_path / "source")
+    config = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    (source / "evil.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nclass Evil: pass")
+    (tmp_path / "text.txt").write_text("There was a text. It was not long. " * 200)
+    command = [sys.executable, "-m", "finedeep_cli", "convert", "source", "out", "--calibrate", "text.txt"]
+    subprocess.run(command, cwd=tmp_path, input="y\n" * 9, capture_output=True, text=True, timeout=120)
+    assert not (tmp_path / "run").exists()
 
 
 def test_no_foreign_code_is_named(tmp_path, dense):

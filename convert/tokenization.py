@@ -1,0 +1,60 @@
+"""Whether two tokenizers give the same tokens, and that a converted model's gives what its dense model's did."""
+
+import json
+import warnings
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from .source import TOKENIZER_CONFIG, read_json
+from .whole_file import write_whole
+
+# What tokenizers like to differ in: spaces, case, digits, accents, other scripts, line ends, how a text begins, ...
+PROBE = "Once upon a time, in 2024 - naïve Ünïcode; 東京 и Москва!\n\n  def f(x): return x ** 2\t# 3.14159"
+BEGINNINGS = ("", " ", " = ", "\n", "\t")
+MOST_SPECIAL = 16
+AS_THE_FILE = {"TokenizersBackend": "PreTrainedTokenizerFast"}  # the name that transformers 4 knows too
+
+
+def first_difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
+    """A text that the two do not split into the same tokens, where one is found."""
+    special = sorted(one.get_added_vocab())[:MOST_SPECIAL]
+    around = [f"Hello{token}\nHi{token} you {token}" for token in special]  # ... and what follows a special token
+    texts = [*(f"{beginning}{PROBE}" for beginning in BEGINNINGS), *around]
+    return next((text for text in texts if one(text)["input_ids"] != other(text)["input_ids"]), None)
+
+
+def keep_tokens(source: Path, folder: Path) -> None:
+    """See to it that AutoTokenizer gives the same tokens for a converted folder as for its source.
+
+    transformers 5 goes by the model's type, which is another one now: for a Mistral or Phi-3 it takes tokenizer.json as
+    it is, whatever class tokenizer_config.json names; for a type that it does not know it takes that class, which may
+    put its own rules in the place of the file's. Where that makes a difference, the class that reads the source is
+    named. Nothing is done where there is no tokenizer.
+    """
+    before, after = _loaded(source), _loaded(folder)
+    if before is None or (after is not None and first_difference(before, after) is None):
+        return
+    path = folder / TOKENIZER_CONFIG
+    known = read_json(path, "the tokenizer's configuration") if path.is_file() else None
+    name = type(before).__name__
+    changes = {"tokenizer_class": AS_THE_FILE.get(name, name), "model_input_names": before.model_input_names}
+    write_whole(path, json.dumps({**(known or {}), **changes}, indent=2, ensure_ascii=False) + "\n")
+    after = _loaded(folder)
+    if after is None:
+        path.unlink()
+        if known is not None:
+            write_whole(path, json.dumps(known, indent=2, ensure_ascii=False) + "\n")
+    if after is None or first_difference(before, after) is not None:
+        warnings.warn(
+            f"a {name} reads {source}; of the converted folder, AutoTokenizer makes other tokens. Use the dense "
+            "model's tokenizer with it.",
+            stacklevel=2,
+        )
+
+
+def _loaded(folder: Path) -> PreTrainedTokenizerBase | None:
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception:  # what is raised where there is none differs by version
+        return None
