@@ -95,10 +95,13 @@ class Calibration:
 
     def errors(self) -> list[LayerErrors]:
         """Each layer's."""
+        return [LayerErrors(**json.loads(known["errors"])) for known in self._known()]
+
+    def _known(self) -> list[dict[str, str]]:
         found = []
         for i in range(self.plan.config.num_hidden_layers):
             with safe_open(self.folder / LAYER.format(i), framework="pt") as file:
-                found.append(LayerErrors(**json.loads(file.metadata()["errors"])))
+                found.append(file.metadata())
         return found
 
     def record(self) -> dict[str, Any]:
@@ -111,16 +114,11 @@ class Calibration:
             "tokens": windows.numel(),
             "held_out_tokens": held_out(windows) * windows.shape[1],
             "device": self.device.type,
-            "threads": torch.get_num_threads(),
+            "threads": sorted({int(known["threads"]) for known in self._known()}),  # a run that goes on may have others
             "relative_errors": [
                 {rung: float(f"{error:.3g}") for rung, error in asdict(errors).items()} for errors in self.errors()
             ],
         }
-
-    def remove(self) -> None:
-        """Remove what was kept to go on with."""
-        for path in self.folder.glob(".calibrat*.safetensors"):
-            path.unlink()
 
     def _windows(self) -> torch.Tensor:
         """(windows, seq) token ids; the first are held out."""
@@ -156,7 +154,8 @@ class Calibration:
             for name, tensor in sublayers.state_dict().items():
                 name = f"model.layers.{i}.sublayers.{name}"
                 tensors[name] = cast(name, tensor.cpu(), tensors[name].dtype)
-            save_whole({NEURONS: neurons, **tensors}, path, {"errors": json.dumps(asdict(errors))})
+            known = {"errors": json.dumps(asdict(errors)), "threads": str(torch.get_num_threads())}
+            save_whole({NEURONS: neurons, **tensors}, path, known)
             if self.progress:
                 rungs = ", ".join(f"{rung.replace('_', ' ')} {error:.3f}" for rung, error in asdict(errors).items())
                 bar.write(f"layer {i}: relative error {rungs}", file=sys.stderr)

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from .. import configuration_finedeep, modeling_finedeep
-from .calibration import Calibration, LayerErrors
+from .calibration import Calibration, LayerErrors, best_device
 from .destination import DIFFERENCES, check_free, check_room, whole_folder
 from .errors import ConversionError
 from .hashing import sha256
@@ -22,10 +22,11 @@ from .mapping import Target
 from .neurons import FORMULAS, assign
 from .plan import Options, Plan, make_plan, same_plan
 from .probe import LayerProbe, probe_tokens
-from .receipt import NEURONS, neuron_table, read_neuron_table, write_receipt
-from .shards import FolderWriter, save_whole, write_index
+from .receipt import NEURONS, read_neuron_table, versions, write_neuron_table, write_receipt
+from .shards import FolderWriter, write_index
 from .source import TOKENIZER_CONFIG, DenseCheckpoint, open_checkpoint, read_json
 from .tensors import made
+from .tokenization import keep_tokens
 from .whole_file import write_whole
 
 CODE_FILES = (Path(configuration_finedeep.__file__), Path(modeling_finedeep.__file__))
@@ -88,7 +89,10 @@ def convert_checkpoint(
         e.nbytes for shard in plan.shards for e in shard.entries if plan.options.calibrates and ".sublayers." in e.name
     )
     check_room(destination, plan.nbytes + kept + SMALL_FILES)
-    with whole_folder(destination, same_plan(plan), resume) as folder, _background() as background:
+    same = {**same_plan(plan), "versions": versions()}
+    if plan.options.calibrates:
+        same["device"] = best_device().type
+    with whole_folder(destination, same, resume) as folder, _background() as background:
         hashes = {file.name: background.submit(sha256, file) for file in plan.dense.files}
         calibration = Calibration(plan, folder, progress) if plan.options.calibrates else None
         if calibration is not None:
@@ -101,6 +105,7 @@ def convert_checkpoint(
         _write_companions(folder, plan.dense)
         for file in CODE_FILES:
             shutil.copyfile(file, folder / file.name)
+        keep_tokens(plan.dense.folder, folder)
         found = {name: future.result() for name, future in hashes.items()}
         is_folder = Path(source).is_dir()
         name = plan.dense.folder.resolve().name if is_folder else str(source)
@@ -108,9 +113,6 @@ def convert_checkpoint(
         record = calibration.record() if calibration is not None else None
         errors = calibration.errors() if calibration is not None else []
         write_receipt(folder, plan, name, revision_found, found, differences, record)
-        (folder / DIFFERENCES).unlink(missing_ok=True)
-        if calibration is not None:
-            calibration.remove()
     return Conversion(
         folder=destination,
         num_expert_sublayers=plan.options.num_expert_sublayers,
@@ -139,12 +141,11 @@ def _neurons_of(plan: Plan, calibration: Calibration | None, folder: Path, progr
     if calibration is not None:
         neurons = [calibration.neurons(i) for i in layers]
     elif (folder / NEURONS).exists():
-        neurons = read_neuron_table(folder / NEURONS)
+        neurons = read_neuron_table(folder, len(layers), plan.dense_config.intermediate_size)
     else:
         neurons = _assigned(plan, progress)
     if plan.options.assignment not in FORMULAS:
-        save_whole(neuron_table(neurons), folder / NEURONS)
-        (folder / NEURONS).chmod(0o644)
+        write_neuron_table(folder, neurons)
     return neurons
 
 

@@ -1,6 +1,7 @@
 """Write a folder completely or not at all: beside its place, and moved there at the end.
 
 The folder beside it has a fixed name, so that a later run finds what a killed one has left, to go on with or to remove.
+Its hidden files are the run's own, and go when the folder is in its place.
 """
 
 import fcntl
@@ -8,18 +9,19 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from .errors import ConversionError
+from .receipt import NEURONS
 from .shards import size
 from .whole_file import write_whole
 
 PLAN = ".plan.json"
 LOCK = ".lock"
 DIFFERENCES = ".differences.json"
-KEPT = (".safetensors", DIFFERENCES)  # what a later run can go on with
+KEPT = (".safetensors", DIFFERENCES, NEURONS)  # what a later run can go on with
 
 
 class _KeptError(ConversionError):
@@ -62,6 +64,28 @@ def check_room(destination: Path, wanted: int) -> None:
 
 
 @contextmanager
+def alone(folder: Path, destination: Path) -> Iterator[None]:
+    """Make a folder, and keep every other run that would write the same destination out of it.
+
+    Raises:
+        ConversionError: there is no permission, or another run at work on it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("w")
+    except OSError as error:
+        raise ConversionError(f"{destination} cannot be made ({error.strerror}); name a folder that can.") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise ConversionError(f"another run is writing {destination}; wait for it or stop it.") from error
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
+@contextmanager
 def whole_folder(destination: Path, plan: Mapping[str, Any], resume: bool = False) -> Iterator[Path]:
     """Give a folder beside `destination` to write in; move it into place at the end, or remove it on any failure.
 
@@ -77,18 +101,7 @@ def whole_folder(destination: Path, plan: Mapping[str, Any], resume: bool = Fals
     check_free(destination)
     folder = unfinished_folder(destination)
     plan = json.loads(json.dumps(plan))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK).open("w")
-    except OSError as error:
-        raise ConversionError(f"{destination} cannot be made ({error.strerror}); name a folder that can.") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise ConversionError(f"another run is writing {destination}; wait for it or stop it.") from error
-        except OSError:
-            pass  # a file system without locks
+    with alone(folder, destination):
         try:
             _begin(folder, destination, plan, resume)
             yield folder
@@ -102,7 +115,7 @@ def whole_folder(destination: Path, plan: Mapping[str, Any], resume: bool = Fals
                 f"folder.{kept}"
             ) from error
         except KeyboardInterrupt:
-            if any(folder.glob("*.safetensors")):
+            if any(file.name.endswith(KEPT) for file in folder.glob("*")):
                 raise KeyboardInterrupt(f"what is finished is kept in {folder}; --resume goes on") from None
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -140,10 +153,14 @@ def differing(plan: Mapping[str, Any], before: Mapping[str, Any]) -> str:
 
 
 def _finish(folder: Path, destination: Path) -> None:
-    for file in folder.iterdir():
+    for file in folder.glob("[!.]*"):
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
-    check_free(destination)
-    (folder / PLAN).unlink()
-    (folder / LOCK).unlink()
+    try:
+        check_free(destination)
+    except ConversionError as error:
+        raise _KeptError(f"{error} What was made is whole, in {folder}: rename that, and it is kept.") from error
     folder.rename(destination)
+    for file in destination.glob(".*"):
+        with suppress(OSError):
+            file.unlink()

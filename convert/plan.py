@@ -153,18 +153,20 @@ class Plan:
         """Bytes of weights and activations in memory at a time, roughly: a tensor as it is read and as it is written.
 
         Calibration has, in float32, five residual streams and a layer nine times (dense, three rungs, the best so far,
-        gradients, two moments of AdamW, and as it is read), beside the embeddings; `self` has the dense model before.
+        gradients, two moments of AdamW, and as it is read), beside the embeddings; `self` has the dense model before,
+        as has the assignment by activity.
         """
         copying = max(info.nbytes for info in self.dense.tensors.values()) + max(
             entry.nbytes for shard in self.shards for entry in shard.entries
         )
         if not self.options.calibrates:
-            return copying
+            measured = self.options.assignment == "activity"
+            return max(copying, self.dense.nbytes if measured else 0)
         shapes = dense_shapes(self.dense_config)
         layer = sum(torch.Size(shape).numel() for name, shape in shapes.items() if ".layers.0." in name)
         embeddings = torch.Size(shapes["model.embed_tokens.weight"]).numel()
         streams = 5 * self.options.calibration_tokens * self.config.hidden_size
-        sampling = self.dense.nbytes if self.options.calibrate == "self" else 0
+        sampling = 4 * self.dense_parameters if self.options.calibrate == "self" else 0  # in float32 on a CPU
         return max(4 * (streams + 9 * layer + embeddings), sampling, copying)
 
     def text(self) -> str:
@@ -219,20 +221,9 @@ def make_plan(dense: DenseCheckpoint, options: Options) -> Plan:
     options.check()
     family_name, dense_config, shapes = _read_config(dense)
     family = FAMILIES[family_name]
-    _check_tensors(dense, dense_config, shapes)
-    sublayers = options.num_expert_sublayers
+    check_tensors(dense, dense_config, shapes)
     try:
-        holding_neurons = (1 if options.mode == "grow" else sublayers) * options.num_experts_per_sublayer
-        per_expert = -(-dense_config.intermediate_size // holding_neurons)
-        config = FinedeepConfig(
-            **_inherited(dense_config.to_dict(), family),
-            architectures=["FinedeepForCausalLM"],
-            intermediate_size=per_expert * sublayers * options.num_experts_per_sublayer,
-            num_expert_sublayers=sublayers,
-            num_experts_per_sublayer=options.num_experts_per_sublayer,
-            routing_input=options.routing_input,
-            routing_function=options.routing_function,
-        )
+        config = finedeep_config(dense_config, family, options)
         _check_numbers(config)
         found = targets(family, dense_config, config, options.mode)
     except ConversionError:
@@ -245,6 +236,22 @@ def make_plan(dense: DenseCheckpoint, options: Options) -> Plan:
     ]
     config.dtype = CAST[options.dtype] or dense.tensors["model.embed_tokens.weight"].dtype
     return Plan(dense, dense_config, config, options, found, plan_shards(entries, parse_size(options.max_shard_size)))
+
+
+def finedeep_config(dense: PretrainedConfig, family: Family, options: Options) -> FinedeepConfig:
+    """The configuration of what a dense model of a family becomes. Raises what `FinedeepConfig` raises."""
+    sublayers = options.num_expert_sublayers
+    holding_neurons = (1 if options.mode == "grow" else sublayers) * options.num_experts_per_sublayer
+    per_expert = -(-dense.intermediate_size // holding_neurons)
+    return FinedeepConfig(
+        **_inherited(dense.to_dict(), family),
+        architectures=["FinedeepForCausalLM"],
+        intermediate_size=per_expert * sublayers * options.num_experts_per_sublayer,
+        num_expert_sublayers=sublayers,
+        num_experts_per_sublayer=options.num_experts_per_sublayer,
+        routing_input=options.routing_input,
+        routing_function=options.routing_function,
+    )
 
 
 def _inherited(fields: Mapping[str, Any], family: Family) -> dict[str, Any]:
@@ -297,7 +304,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:500]
 
 
-def _check_tensors(dense: DenseCheckpoint, config: PretrainedConfig, wanted: Mapping[str, tuple[int, ...]]) -> None:
+def check_tensors(dense: DenseCheckpoint, config: PretrainedConfig, wanted: Mapping[str, tuple[int, ...]]) -> None:
     """Every tensor that the config asks for is there with its shape, and no other."""
     missing = [name for name in wanted if name not in dense.tensors]
     if missing:

@@ -68,9 +68,9 @@ class LayerProbe:
         return self.sublayers[m]
 
     def difference(self) -> float:
-        """||cut - dense|| / ||dense||."""
-        total = sum(sublayer.out for sublayer in self.sublayers)
-        return ((total - self.dense.out).norm() / self.dense.out.norm()).item()
+        """||cut - dense|| / ||dense||; 0 where both put out nothing."""
+        apart = (sum(sublayer.out for sublayer in self.sublayers) - self.dense.out).norm()
+        return (apart / self.dense.out.norm()).item() if apart else 0.0
 
     def _normalised(self, h: torch.Tensor) -> torch.Tensor:
         return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps) * self.norm

@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from .card import licence_of
+from .errors import ConversionError
+from .neurons import PADDING
 from .plan import Plan
 from .source import read_json
+from .whole_file import write_whole
 
 RECEIPT = "finedeep_conversion.json"
-NEURONS = "finedeep_neurons.safetensors"
+# No safetensors file: vLLM, for one, takes every one that lies beside the weights for weights.
+NEURONS = "finedeep_neurons.json"
 PACKAGES = ("finedeep", "transformers", "torch", "safetensors")
 
 
@@ -57,9 +60,14 @@ def write_receipt(
         "parameters": {"dense": plan.dense_parameters, "finedeep": plan.finedeep_parameters},
         "relative_ffn_difference": [float(f"{difference:.2e}") for difference in differences],
         "calibration": calibration,
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": versions(),
     }
     write_json(folder / RECEIPT, receipt)
+
+
+def versions(*others: str) -> dict[str, str]:
+    """Of the packages that decide what is made, and of others."""
+    return {package: version(package) for package in (*PACKAGES, *others)}
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -73,12 +81,24 @@ def read_receipt(path: Path) -> dict[str, Any]:
     return read_json(path, "a conversion's receipt")
 
 
-def neuron_table(neurons: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The assignment as tensors, (M, K, e) for each layer, so that `finedeep export` can put neurons back."""
-    return {f"layers.{i}": layer.to(torch.int32) for i, layer in enumerate(neurons)}
+def write_neuron_table(folder: Path, neurons: Sequence[torch.Tensor]) -> None:
+    """Write the assignment, (M, K, e) for each layer, so that `finedeep export` can put neurons back."""
+    write_whole(folder / NEURONS, json.dumps({"layers": [layer.tolist() for layer in neurons]}))
 
 
-def read_neuron_table(path: Path) -> list[torch.Tensor]:
-    """What `neuron_table` made, from its file."""
-    tensors = load_file(path)
-    return [tensors[f"layers.{i}"].long() for i in range(len(tensors))]
+def read_neuron_table(folder: Path, layers: int, width: int) -> list[torch.Tensor]:
+    """What `write_neuron_table` wrote. Raises `ConversionError` unless each layer has each of its neurons once."""
+    path = folder / NEURONS
+    table = read_json(path, "where the neurons of a converted model were").get("layers")
+    try:
+        found = [torch.tensor(layer, dtype=torch.long) for layer in table]
+        whole = len(found) == layers and all(
+            torch.equal(layer[layer != PADDING].sort().values, torch.arange(width)) for layer in found
+        )
+    except (TypeError, ValueError, RuntimeError):
+        whole = False
+    if not whole:
+        raise ConversionError(
+            f"{path} does not have each of {width} neurons once in each of {layers} layers. Get the file again."
+        )
+    return found

@@ -12,7 +12,9 @@ import time
 import pytest
 import torch
 from conftest import make_dense
-from finedeep.convert import ConversionError, convert_checkpoint, register_assignment
+from finedeep.convert import ConversionError, checkpoint, convert_checkpoint, register_assignment
+from finedeep.convert.calibration import Calibration
+from finedeep.convert.checkpoint import plan_conversion
 from finedeep.convert.destination import unfinished_folder
 from finedeep.convert.hashing import sha256
 from finedeep.convert.neurons import ASSIGNMENTS, balanced_clusters
@@ -20,7 +22,7 @@ from finedeep.convert.plan import Options
 from finedeep.convert.receipt import RECEIPT
 from finedeep_cli import convert_command, main
 from isolated import FORKS
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_convert import assert_same_logits, fingerprint, load
 from test_families import CASES, make_family
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -115,6 +117,32 @@ def test_every_assignment_is_exact_with_one_sublayer(tmp_path, dense, assignment
     assert same == (
         assignment in ("contiguous", "nonlinearity")
     )  # the last is not measured where nothing depends on it
+
+
+def test_no_file_beside_the_weights_looks_like_weights(tmp_path, dense):
+    """vLLM and others load every *.safetensors where there is no index."""
+    convert(dense, tmp_path / "out", assignment="clusters", num_expert_sublayers=2)
+    assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_the_memory_of_a_whole_model_is_told_of(tmp_path):
+    """Measured by activity, in its own dtype; sampled from, in float32 on a CPU."""
+    dense = make_dense(tmp_path / "dense", dtype=torch.bfloat16, num_hidden_layers=64)
+    parameters = sum(p.numel() for p in LlamaForCausalLM.from_pretrained(dense).parameters())
+    assert plan_conversion(dense).memory < parameters
+    assert plan_conversion(dense, assignment="activity", text="text.txt").memory == 2 * parameters
+    assert plan_conversion(dense, calibrate="self", calibration_tokens=1000).memory == 4 * parameters
+
+
+def test_an_ffn_that_puts_out_nothing_is_not_apart(tmp_path):
+    """And the receipt is JSON, which knows no NaN."""
+    dense = make_dense(tmp_path / "dense")
+    tensors = load_file(dense / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"].zero_()
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    done = convert(dense, tmp_path / "out", num_expert_sublayers=2)
+    assert done.relative_ffn_difference[0] > 0 == done.relative_ffn_difference[1]
+    json.loads((tmp_path / "out" / RECEIPT).read_text(), parse_constant=lambda name: pytest.fail(name))
 
 
 def test_activity_puts_the_most_active_neurons_first(tmp_path, dense):
@@ -302,6 +330,40 @@ def test_resume_is_of_the_same_conversion_only(tmp_path, dense):
     with pytest.raises(ConversionError, match=r"another one: .*options.* differ"):
         convert_checkpoint(dense, tmp_path / "out", resume=True, **{**SMALL_SHARDS, "seed": 1})
     convert_checkpoint(dense, tmp_path / "out", resume=True, **SMALL_SHARDS)
+
+
+def calibrating(folder):
+    (folder / "text.txt").write_text("There was a text. It was not long. " * 200)
+    text = str(folder / "text.txt")
+    return {**SMALL_SHARDS, "calibrate": text, "calibration_tokens": 2000, "calibration_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("changed", "into"), [("versions", lambda: {"torch": "3.0.0"}), ("best_device", lambda: torch.device("meta"))]
+)
+def test_resume_is_of_the_same_versions_and_device(tmp_path, dense, monkeypatch, changed, into):
+    """The receipt names one of each for all layers."""
+    options = calibrating(tmp_path)
+    interrupted(dense, tmp_path / "out", 1, **options)
+    monkeypatch.setattr(checkpoint, changed, into)
+    with pytest.raises(ConversionError, match=f"another one: {changed.removeprefix('best_')} differ"):
+        convert_checkpoint(dense, tmp_path / "out", resume=True, **options)
+
+
+def test_a_place_that_was_taken_meanwhile_costs_nothing(tmp_path, dense, monkeypatch):
+    """Neither what was made nor, when the place is free again, the calibration of a single layer."""
+    options, out = calibrating(tmp_path), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_receipt", lambda *_: (out.mkdir(), (out / "other.txt").touch()))
+        with pytest.raises(ConversionError, match=r"not empty.* What was made is whole, in .*\.out\.unfinished"):
+            convert_checkpoint(dense, out, **options)
+    (out / "other.txt").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(Calibration, "_climb", lambda *_: pytest.fail("calibrated again"))
+        convert_checkpoint(dense, out, resume=True, **options)
+    assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
+    convert_checkpoint(dense, tmp_path / "at once", **options)
+    assert fingerprint(out) == fingerprint(tmp_path / "at once")
 
 
 def test_measured_neurons_stay_where_finished_shards_have_them(tmp_path, dense, monkeypatch):
