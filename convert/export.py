@@ -13,12 +13,12 @@ from ..configuration_finedeep import NEUTRAL_SCALE, FinedeepConfig
 from .destination import check_free, check_room, whole_folder
 from .errors import ConversionError
 from .families import FAMILIES
-from .mapping import SUBLAYER, Piece, dense_shapes, family_config, pieces, some
+from .mapping import SUBLAYER, Piece, dense_shapes, family_config, pieces, some, targets
 from .neurons import FORMULAS, PADDING, Layer, assign, layer_generator
-from .plan import NOT_INHERITED, ROPE_FIELDS
+from .plan import NOT_INHERITED, ROPE_FIELDS, check_tensors, finedeep_config, options_from
 from .receipt import NEURONS, RECEIPT, read_neuron_table, read_receipt
 from .shards import Entry, FolderWriter, parse_size, plan_shards, write_index
-from .source import DenseCheckpoint, open_checkpoint
+from .source import DenseCheckpoint, check_finedeep, open_checkpoint
 
 # What a Llama's configuration cannot say, and the value that it would have to have.
 BEYOND_LLAMA: dict[str, Any] = {
@@ -30,6 +30,16 @@ BEYOND_LLAMA: dict[str, Any] = {
     "residual_multiplier": 1.0,
     "logits_scaling": 1.0,
 }
+# What the function depends on: in the folder's configuration it has to be what the receipt's dense model has.
+DECISIVE = (
+    *BEYOND_LLAMA,
+    *("attention_bias", "attention_output_bias", "mlp_bias", "layer_types", "tie_word_embeddings"),
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "hidden_act", "rms_norm_eps", "vocab_size", "max_position_embeddings"),
+    *("rope_theta", "rope_scaling", "rope_parameters"),
+)
+# What may have been changed since, and comes along.
+CHANGEABLE = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
 MODULES = {dense: ours for ours, (dense, _, _) in SUBLAYER.items() if ours != "router"}
 
 
@@ -50,18 +60,21 @@ def export_checkpoint(
 
     Raises:
         ConversionError: the model is no dense model: M >= 2, routers that are not zero, gates other than 1, a norm on
-            the sub-layers' output, or, without a receipt, attention that Llama does not have.
+            the sub-layers' output, or, without a receipt, attention that Llama does not have; or the receipt is of
+            another model.
     """
     destination = Path(destination)
     check_free(destination)
-    held = open_checkpoint(source, check=_check_finedeep)
+    held = open_checkpoint(source, check=check_finedeep)
     config = _finedeep_config(held)
     receipt = read_receipt(held.folder) if (held.folder / RECEIPT).is_file() else None
     family_name, fields, neurons = _dense_form(held, config, receipt)
     dense_config = family_config(family_name, fields)
+    family = FAMILIES[family_name]
+    check_tensors(held, config, {t.name: t.shape for t in targets(family, dense_config, config, mode="split")})
     _check_routers(held)
     shapes = dense_shapes(dense_config)
-    where = pieces(FAMILIES[family_name], dense_config, shapes)
+    where = pieces(family, dense_config, shapes)
     parts: dict[str, list[tuple[str, Piece]]] = {}
     for name, piece in where.items():
         parts.setdefault(piece.stored, []).append((name, piece))
@@ -78,6 +91,8 @@ def export_checkpoint(
                 writer.write(entry.name, torch.cat(rows) if len(rows) > 1 else rows[0])
                 bar.update(entry.nbytes)
         write_index(folder, shards)
+        dtype = str(held.tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
+        fields["torch_dtype" if "torch_dtype" in fields else "dtype"] = dtype
         content = {"architectures": [_architecture(family_name)], "model_type": family_name, **fields}
         (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         for file in held.companions():
@@ -93,11 +108,6 @@ def _architecture(family_name: str) -> str:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family_name]
-
-
-def _check_finedeep(config: Mapping[str, Any], where: str) -> None:
-    if config.get("model_type") != FinedeepConfig.model_type:
-        raise ConversionError(f"{where} has model_type {config.get('model_type')!r}; 'finedeep' is wanted.")
 
 
 def _finedeep_config(held: DenseCheckpoint) -> FinedeepConfig:
@@ -135,16 +145,17 @@ def _dense_form(
         try:
             options, fields = receipt["options"], dict(receipt["source"]["config"])
             family_name = receipt["source"]["model_type"]
+            fields = {k: v for k, v in fields.items() if k not in ("architectures", "model_type")}
+            if family_name not in FAMILIES:
+                raise ConversionError(f"{held.folder / RECEIPT} names the family {family_name!r}, which is not known.")
+            dense_config = family_config(family_name, fields)
+            _check_same(held, config, finedeep_config(dense_config, FAMILIES[family_name], options_from(options)))
             orders = _orders(held, config, options, fields["intermediate_size"])
-            known = family_name in FAMILIES
         except (KeyError, TypeError) as error:
             raise ConversionError(f"{held.folder / RECEIPT} lacks {error}; remove it to export without it.") from error
-        if not known:
-            raise ConversionError(f"{held.folder / RECEIPT} names the family {family_name!r}, which is not known.")
-        fields = {k: v for k, v in fields.items() if k not in ("architectures", "model_type")}
-        dtype = held.tensors["model.embed_tokens.weight"].dtype
-        key = "torch_dtype" if "torch_dtype" in fields else "dtype"
-        return family_name, {**fields, key: str(dtype).removeprefix("torch.")}, orders
+        now, before = config.to_dict(), dense_config.to_dict()
+        fields |= {field: now[field] for field in CHANGEABLE if now.get(field) != before.get(field)}
+        return family_name, fields, orders
     for field, value in BEYOND_LLAMA.items():
         if getattr(config, field) != value:
             raise ConversionError(
@@ -156,6 +167,17 @@ def _dense_form(
     llama = family_config("llama", {})
     known = (set(llama.to_dict()) | ROPE_FIELDS) - NOT_INHERITED | {"intermediate_size", "dtype"}
     return "llama", {key: value for key, value in config.to_dict().items() if key in known}, None
+
+
+def _check_same(held: DenseCheckpoint, config: FinedeepConfig, expected: FinedeepConfig) -> None:
+    """Raise `ConversionError` where the folder's configuration is another one than a conversion gave it."""
+    for field in DECISIVE:
+        found, wanted = getattr(config, field, None), getattr(expected, field, None)
+        if found != wanted:
+            raise ConversionError(
+                f"{held.folder / 'config.json'} has {field}={found!r}, and what the dense model of its {RECEIPT} was "
+                f"made into has {wanted!r}. Put it back, or remove {RECEIPT} to export the model without it."
+            )
 
 
 def _orders(
@@ -172,7 +194,7 @@ def _orders(
         path = held.folder / NEURONS
         if not path.is_file():
             raise ConversionError(f"{path} is missing, which says where neurons were; remove {RECEIPT} to do without.")
-        made = read_neuron_table(path)
+        made = read_neuron_table(held.folder, layers, width)
     return [neurons.flatten() for neurons in made]
 
 

@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
+from ..configuration_finedeep import FinedeepConfig
 from .errors import ConversionError
 from .families import check_family
 from .loading_bars import without_loading_bars
@@ -103,6 +104,15 @@ class DenseCheckpoint:
         for pattern in COMPANIONS:
             found = sorted(path for path in self.folder.glob(pattern) if path.is_file())
             yield from (_inside(self.folder, path) for path in found)
+
+
+def check_finedeep(config: Mapping[str, Any], where: str) -> None:
+    """Raise `ConversionError` for a config of another kind of model."""
+    if config.get("model_type") != FinedeepConfig.model_type:
+        raise ConversionError(
+            f"{where} has model_type {config.get('model_type')!r}; a Finedeep checkpoint is wanted, as `finedeep "
+            "convert` makes it."
+        )
 
 
 def open_checkpoint(source: str | Path, revision: str | None = None, check: Check = check_family) -> DenseCheckpoint:

@@ -8,9 +8,10 @@ import sys
 import pytest
 import torch
 from conftest import make_dense, random_model
+from finedeep import FinedeepForSequenceClassification, FinedeepModel
 from finedeep.convert import ConversionError, convert_checkpoint, export_checkpoint
 from finedeep.convert.families import FAMILIES
-from finedeep.convert.receipt import RECEIPT
+from finedeep.convert.receipt import NEURONS, RECEIPT
 from finedeep_cli import main
 from hub_server import running_hub
 from safetensors.torch import load_file
@@ -91,6 +92,62 @@ def test_a_hub_id_comes_with_its_receipt(tmp_path, dense):
     assert_equal_tensors(tmp_path / "back", dense)
 
 
+def resized(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(270)
+    model.save_pretrained(folder)
+
+
+def without_its_head(folder):
+    FinedeepModel.from_pretrained(folder).save_pretrained(folder)
+
+
+def as_a_classifier(folder):
+    FinedeepForSequenceClassification.from_pretrained(folder).save_pretrained(folder)
+
+
+def longer(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rope_theta": 20000.0, "rope_parameters": None}))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (resized, "has vocab_size=270, and what the dense model of its finedeep_conversion.json was made into has 260"),
+        (without_its_head, "lacks .*model.embed_tokens.weight"),
+        (as_a_classifier, "holds score.weight"),
+        (longer, r"has rope_\w+=.*20000.0.*Put it back, or remove finedeep_conversion.json"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_receipt_of_another_model(tmp_path, change, words):
+    """What was changed since it was converted is not silently undone or lost."""
+    dense = make_dense(tmp_path / "dense", tie_word_embeddings=True)
+    convert_checkpoint(dense, tmp_path / "there", num_expert_sublayers=1, progress=False)
+    change(tmp_path / "there")
+    with pytest.raises(ConversionError, match=words):
+        export_checkpoint(tmp_path / "there", tmp_path / "back", progress=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "there"}
+
+
+def test_another_end_of_texts_comes_along(tmp_path, dense):
+    convert_checkpoint(dense, tmp_path / "there", num_expert_sublayers=1, progress=False)
+    path = tmp_path / "there/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [257, 7]}))
+    export_checkpoint(tmp_path / "there", tmp_path / "back", progress=False)
+    found, before = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "back", dense))
+    assert found == {**before, "eos_token_id": [257, 7]}
+
+
+@pytest.mark.parametrize("layers", [[], [[[[0, 0, 1]]]], "none", [[1, 2], [3]]], ids=str)
+def test_a_neuron_table_that_is_none(tmp_path, dense, layers):
+    convert_checkpoint(dense, tmp_path / "there", num_expert_sublayers=1, assignment="clusters", progress=False)
+    (tmp_path / "there" / NEURONS).write_text(json.dumps({"layers": layers}))
+    with pytest.raises(ConversionError, match="does not have each of 44 neurons once in each"):
+        export_checkpoint(tmp_path / "there", tmp_path / "back", progress=False)
+
+
 def saved(tmp_path, **changes):
     model = random_model(num_expert_sublayers=1, **changes)
     for layer in model.model.layers:
@@ -145,7 +202,7 @@ def test_plain_models_are_written_without_a_receipt(tmp_path):
 
 
 def test_a_dense_folder_is_refused(tmp_path, dense):
-    with pytest.raises(ConversionError, match="'finedeep' is wanted"):
+    with pytest.raises(ConversionError, match="a Finedeep checkpoint is wanted"):
         export_checkpoint(dense, tmp_path / "out", progress=False)
 
 
