@@ -5,8 +5,8 @@ import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +22,36 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.trainer import TRAINER_STATE_NAME
 
 from ..configuration_finedeep import FinedeepConfig
 from ..modeling_finedeep import FinedeepForCausalLM
 from .calibration_text import SELF, held_out
-from .destination import check_free, differing, whole_folder
+from .destination import LOCK, alone, check_free, differing, whole_folder
 from .errors import ConversionError, check_whole_number
 from .hashing import sha256
 from .healing_data import healing_windows
 from .loading_bars import without_loading_bars
-from .receipt import NEURONS, PACKAGES, RECEIPT, read_receipt, write_json
+from .receipt import NEURONS, RECEIPT, read_receipt, versions, write_json
 from .shards import save_whole
-from .source import COMPANIONS, read_json
+from .source import COMPANIONS, check_finedeep, open_checkpoint, read_json
+from .training_checkpoints import whole_checkpoints
+from .whole_file import write_whole
 
 HEALING = "finedeep_healing.json"
 HIDDEN_STATES = 10.0  # measured: convert/README.md
+# Times 1 / width, as AdamW's best rate for hidden layers goes (Tensor Programs V, arXiv:2203.03466).
+RATE = 0.064
 PLAN, WINDOWS = "plan.json", "windows.safetensors"
+# Fields of TrainingArguments that are not the user's.
+OWN: Mapping[str, Any] = {
+    "eval_on_start": True,  # the receipt has the losses before
+    "include_num_input_tokens_seen": "all",  # and what was seen
+    "prediction_loss_only": True,
+    "remove_unused_columns": False,
+    # They would round the model itself, when it is evaluated at the end and then saved.
+    "bf16_full_eval": False,
+    "fp16_full_eval": False,
+}
 
 
 @dataclass(frozen=True)
@@ -56,7 +69,7 @@ class HealingOptions:
     context: int = 512  # or as many as the model has positions for
     steps: int = 1000
     batch_size: int = 16
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None  # None: `RATE` / hidden size
     seed: int = 0
     training: Mapping[str, Any] = field(default_factory=dict)  # fields of transformers' TrainingArguments
 
@@ -75,6 +88,8 @@ class HealingOptions:
         if self.teacher is None and (self.divergence > 0 or self.data == SELF):
             wanted = "to sample the text from" if self.data == SELF else f"for divergence={self.divergence}"
             raise ConversionError(f"a teacher is wanted {wanted}; name the dense model (--teacher).")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise ConversionError(f"learning_rate={self.learning_rate} is no rate; a number above 0 is wanted.")
         if self.hidden_states is not None and not 0 <= self.hidden_states < math.inf:
             raise ConversionError(f"hidden_states={self.hidden_states} is no weight; a number from 0 up is wanted.")
         if self.hidden_states and self.teacher is None:
@@ -82,6 +97,10 @@ class HealingOptions:
         unknown = set(self.training) - {f.name for f in dataclasses.fields(TrainingArguments)}
         if unknown:
             raise ConversionError(f"{', '.join(sorted(unknown))}: no field of transformers' TrainingArguments.")
+        if taken := set(self.training) & {*OWN, "output_dir"}:
+            raise ConversionError(
+                f"{', '.join(sorted(taken))}: healing sets it itself; leave it out. (bf16 and fp16 are free.)"
+            )
 
 
 @dataclass(frozen=True)
@@ -194,7 +213,7 @@ def heal(
     `accelerate launch` each process calls this; the first one writes.
 
     Args:
-        model: the folder of a Finedeep checkpoint.
+        model: the folder, or the Hub id, of a Finedeep checkpoint.
         destination: the folder to make. It must not exist, or be empty.
         resume: whether to go on from the last checkpoint of a stopped run of the same healing.
         progress: whether to show progress bars and losses on stderr.
@@ -203,11 +222,13 @@ def heal(
     Raises:
         ConversionError: the models, the data or the options do not fit. Nothing is left at `destination`.
     """
-    model, destination, o = Path(model), Path(destination), HealingOptions(**options)
+    destination, o = Path(destination), HealingOptions(**options)
     o.check()
     check_free(destination)
-    config = _student_config(model)
-    o = dataclasses.replace(o, context=min(o.context, config.max_position_embeddings))
+    model = open_checkpoint(model, check=check_finedeep).folder
+    config = FinedeepConfig.from_pretrained(model)
+    rate = RATE / config.hidden_size if o.learning_rate is None else o.learning_rate
+    o = dataclasses.replace(o, context=min(o.context, config.max_position_embeddings), learning_rate=rate)
     # Before TrainingArguments: after them, DeepSpeed and FSDP would share the teacher out as it is loaded.
     teacher = _teacher(o.teacher, config) if o.teacher else None
     o = dataclasses.replace(o, hidden_states=_hidden_states(o, config, teacher))
@@ -219,9 +240,12 @@ def heal(
             "finedeep_cli heal ... (or CUDA_VISIBLE_DEVICES=0 for one alone)."
         )
     files = _files(model, o)
-    windows, held = _prepare(work, model, config, teacher, o, files, resume, arguments)
-    with without_loading_bars():
-        student = FinedeepForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with ExitStack() as stack:
+        if arguments.process_index == 0:
+            stack.enter_context(alone(work, destination))
+        windows, held = _prepare(work, model, config, teacher, o, files, resume, arguments)
+        stack.enter_context(without_loading_bars())
+        student = FinedeepForCausalLM.from_pretrained(model, dtype=torch.float32, use_safetensors=True)
         # Checkpoints of the training have no use for the model's own, which some versions refuse to save as it is.
         student.generation_config = GenerationConfig()
         trainer = HealingTrainer(
@@ -236,7 +260,7 @@ def heal(
         )
         if not progress:
             trainer.remove_callback(PrinterCallback)
-        checkpoints = _checkpoints(work)
+        checkpoints = whole_checkpoints(work)
         trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
         before = next(_losses(logs) for logs in trainer.state.log_history if "eval_loss" in logs)
         after = _losses(trainer.evaluate())
@@ -245,32 +269,24 @@ def heal(
                 f"training has diverged, the losses are {after}; a learning rate lower than {arguments.learning_rate} "
                 f"is wanted. Remove {work}: its checkpoints are of no use."
             )
-        healed = Healed(destination, _tokens_seen(trainer, o), before, after)
+        healed = Healed(destination, trainer.state.num_input_tokens_seen, before, after)
         _save(model, trainer, config, o, files, healed)
     return healed
-
-
-def _student_config(model: Path) -> FinedeepConfig:
-    fields = read_json(model / "config.json", "a Finedeep model's configuration")
-    if fields.get("model_type") != FinedeepConfig.model_type:
-        raise ConversionError(
-            f"{model} has model_type {fields.get('model_type')!r}; a Finedeep checkpoint is wanted, as `finedeep "
-            "convert` makes it."
-        )
-    return FinedeepConfig.from_pretrained(model)
 
 
 def _teacher(teacher: str, student: FinedeepConfig) -> PreTrainedModel:
     """The teacher, in its own dtype; on a CPU in float32, where half precision is slow."""
     dtype = "auto" if torch.accelerator.is_available() else torch.float32
     try:
-        config = AutoConfig.from_pretrained(teacher)
+        config = AutoConfig.from_pretrained(teacher, trust_remote_code=False)
         if config.vocab_size != student.vocab_size:
             raise ConversionError(
                 f"the teacher {teacher} has {config.vocab_size} tokens and the model {student.vocab_size}; a teacher "
                 "of the same vocabulary is wanted, such as the dense model that it was converted from."
             )
-        return AutoModelForCausalLM.from_pretrained(teacher, config=config, dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(
+            teacher, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
     except ConversionError:
         raise
     except (OSError, ValueError) as error:
@@ -319,10 +335,8 @@ def _training_arguments(o: HealingOptions, work: Path, progress: bool) -> Traini
         "report_to": "none",
         "disable_tqdm": not progress,
         **o.training,
-        "eval_on_start": True,  # the receipt has the losses before
+        **OWN,
         "output_dir": str(work),
-        "prediction_loss_only": True,
-        "remove_unused_columns": False,
     }
     try:
         return TrainingArguments(**fields)
@@ -347,7 +361,7 @@ def _prepare(
     Raises:
         ConversionError: there are fewer than two, or a stopped run stands in the way.
     """
-    fresh = not work.exists()
+    fresh = not (work / PLAN).exists()
     path, process = work / WINDOWS, arguments.process_index
     try:
         if process == 0:
@@ -378,11 +392,14 @@ def _begin(work: Path, plan: Mapping[str, Any], resume: bool) -> None:
     """Make the folder of a new run, or check that a stopped one, if it got anywhere, is to be gone on with."""
     path, plan = work / PLAN, json.loads(json.dumps(plan))
     before = read_json(path, "what the stopped run was to do") if path.exists() else {}
-    if not _checkpoints(work):
+    if not whole_checkpoints(work):
         if before != plan:  # otherwise its windows will do
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir(parents=True)
-            path.write_text(json.dumps(plan), encoding="utf-8")
+            for left in work.iterdir():
+                if left.is_dir():
+                    shutil.rmtree(left)
+                elif left.name != LOCK:
+                    left.unlink()
+            write_whole(path, json.dumps(plan))
         return
     if not resume:
         raise ConversionError(
@@ -393,12 +410,6 @@ def _begin(work: Path, plan: Mapping[str, Any], resume: bool) -> None:
             f"the run that stopped was another one: {differing(plan, before)} differ. Give what it was started with, "
             f"or remove {work} to start again."
         )
-
-
-def _checkpoints(work: Path) -> list[Path]:
-    """The training's checkpoints in order, without one that a killed run has left half-made: `Trainer` ends with it."""
-    found = [folder for folder in work.glob("checkpoint-*") if (folder / TRAINER_STATE_NAME).is_file()]
-    return sorted(found, key=lambda folder: int(folder.name.rpartition("-")[2]))
 
 
 def _files(model: Path, o: HealingOptions) -> dict[str, Any]:
@@ -414,11 +425,6 @@ def _files(model: Path, o: HealingOptions) -> dict[str, Any]:
 def _losses(logs: Mapping[str, float]) -> dict[str, float]:
     """The held-out losses of an evaluation, in nats per token."""
     return {name: logs[f"eval_{name}"] for name in ("next_token", "divergence") if f"eval_{name}" in logs}
-
-
-def _tokens_seen(trainer: HealingTrainer, o: HealingOptions) -> int:
-    a = trainer.args
-    return trainer.state.global_step * a.train_batch_size * a.gradient_accumulation_steps * a.world_size * o.context
 
 
 def _save(
@@ -456,7 +462,7 @@ def _write_companions(model: Path, folder: Path, o: HealingOptions, files: Mappi
         "data_sha256": files["text"],
         "tokens_seen": healed.tokens_seen,
         "held_out_nats_per_token": {"before": healed.before, "after": healed.after},
-        "versions": {package: version(package) for package in (*PACKAGES, "accelerate")},
+        "versions": versions("accelerate"),
     }
     write_json(folder / HEALING, receipt)
     if (model / RECEIPT).is_file():

@@ -25,6 +25,7 @@ import transformers
 import yaml
 from datasets import IterableDataset, load_dataset
 from finedeep import FinedeepConfig, FinedeepForCausalLM, __version__
+from finedeep.convert.training_checkpoints import whole_checkpoints
 from finedeep.demo.dense import train_tokenizer
 from finedeep.eval.cost import flops
 from transformers import (
@@ -37,7 +38,6 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 KINDS = {"llama": (LlamaConfig, LlamaForCausalLM), "finedeep": (FinedeepConfig, FinedeepForCausalLM)}
 LINES = 1000  # of the text that are tokenised and packed at a time
@@ -94,7 +94,8 @@ def pretrain(recipe: Recipe, out: Path) -> None:
         eval_dataset=validation_of(data, tokenizer),
         callbacks=[Log(out / "log.jsonl", recipe, model)],
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(out) if out.is_dir() else None)
+    checkpoints = whole_checkpoints(out)
+    trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
     if trainer.state.global_step % arguments.eval_steps:
         trainer.evaluate()
     trainer.save_model(out / "model")

@@ -14,6 +14,7 @@ from conftest import make_dense
 from finedeep import FinedeepForCausalLM
 from finedeep.convert import ConversionError, convert_checkpoint
 from finedeep.convert.calibration_text import sampled_windows
+from finedeep.convert.destination import alone
 from finedeep.convert.healing import HEALING, HIDDEN_STATES, HealingOptions, HealingTrainer, heal, hidden_state_distance
 from finedeep.convert.healing_data import ANOTHER_SEED, healing_windows
 from finedeep.convert.receipt import RECEIPT
@@ -236,17 +237,64 @@ def test_what_was_prepared_from_another_text_is_not_gone_on_with(tmp_path, cut, 
 
 
 def test_any_field_of_training_arguments(tmp_path, dense, cut):
-    """Compiled models name their weights otherwise, and the losses before are wanted in any case."""
+    """Compiled models name their weights otherwise."""
     model = shutil.copytree(cut, tmp_path / "model")
     settings = {"temperature": 0.6, "top_p": 0.9, "_from_model_config": False}  # without do_sample: refused when saved
     (model / "generation_config.json").write_text(json.dumps(settings))
-    training = {"torch_compile": True, "torch_compile_backend": "eager", "eval_on_start": False}
+    training = {"torch_compile": True, "torch_compile_backend": "eager"}
     done = heal(model, tmp_path / "out", teacher=str(dense), **{**QUICK, "steps": 2}, training=training)
     assert set(done.before) == {"next_token", "divergence"}
     before, after = (load_file(folder / "model.safetensors") for folder in (cut, tmp_path / "out"))
     assert before.keys() == after.keys()
     assert not torch.equal(before["model.norm.weight"], after["model.norm.weight"])
     assert json.loads((tmp_path / "out/generation_config.json").read_text()) == settings
+
+
+@pytest.mark.parametrize("field", ["bf16_full_eval", "eval_on_start", "output_dir"])
+def test_fields_that_are_healings_own(tmp_path, dense, cut, field):
+    """The first would round the weights that are saved."""
+    with pytest.raises(ConversionError, match=f"{field}: healing sets it itself"):
+        heal(cut, tmp_path / "out", teacher=str(dense), **QUICK, training={field: True})
+    assert not list(tmp_path.iterdir())
+
+
+def test_tokens_that_were_seen_are_counted(tmp_path, cut):
+    """The last batch of an epoch is a smaller one: 19 windows, 16 at a time."""
+    options = {**QUICK, "batch_size": 16, "steps": 4, "tokens": 20 * 32}
+    done = heal(cut, tmp_path / "out", data=str(text_in(tmp_path)), **options)
+    assert done.tokens_seen == 2 * 19 * 32
+
+
+def test_the_rate_goes_by_the_width(tmp_path, cut):
+    heal(cut, tmp_path / "out", data=str(text_in(tmp_path)), **{**QUICK, "steps": 1})
+    receipt = json.loads((tmp_path / "out" / HEALING).read_text())
+    assert receipt["options"]["learning_rate"] == 0.064 / 32
+
+
+def test_what_has_become_worse_is_told_of(tmp_path, dense, cut, capsys):
+    arguments = ["heal", str(cut), str(tmp_path / "out"), "--teacher", str(dense), "--learning-rate", "1"]
+    assert main([*arguments, "--tokens", "4096", "--context", "32", "--steps", "3", "--batch-size", "4"]) == 0
+    assert "worse than before: a lower --learning-rate is wanted" in capsys.readouterr().err
+
+
+def test_two_runs_at_once_are_kept_apart(tmp_path, dense, cut):
+    """The second, of other options, would have removed what the first is at work on."""
+    with alone(tmp_path / ".out.healing", tmp_path / "out"):
+        left = tmp_path / ".out.healing/windows.safetensors"
+        left.write_bytes(b"the first one's")
+        with pytest.raises(ConversionError, match="another run is writing"):
+            heal(cut, tmp_path / "out", teacher=str(dense), **QUICK)
+        assert left.read_bytes() == b"the first one's"
+
+
+@pytest.mark.parametrize("which", ["model", "teacher"])
+def test_pickled_weights_are_not_loaded(tmp_path, dense, cut, which):
+    folders = {name: shutil.copytree(folder, tmp_path / name) for name, folder in (("model", cut), ("teacher", dense))}
+    torch.save(load_file(folders[which] / "model.safetensors"), folders[which] / "pytorch_model.bin")
+    (folders[which] / "model.safetensors").unlink()
+    with pytest.raises(ConversionError, match=f"{folders[which]} (cannot be loaded|holds pickled weights)"):
+        heal(folders["model"], tmp_path / "out", teacher=str(folders["teacher"]), **QUICK)
+    assert {path.name for path in tmp_path.iterdir()} == set(folders)
 
 
 def test_what_has_no_generation_config_gets_none(tmp_path, dense, cut):
@@ -396,7 +444,7 @@ def test_a_teacher_of_another_vocabulary(tmp_path, cut):
 def test_only_a_finedeep_model_is_healed(tmp_path, dense):
     with pytest.raises(ConversionError, match="has model_type 'llama'; a Finedeep checkpoint is wanted"):
         heal(dense, tmp_path / "out", teacher=str(dense), **QUICK)
-    with pytest.raises(ConversionError, match="is missing"):
+    with pytest.raises(ConversionError, match="does not exist"):
         heal(Path("/no/such/model"), tmp_path / "out", teacher=str(dense), **QUICK)
 
 
