@@ -27,7 +27,7 @@ NEUTRAL_SCALE = {
     "sigmoid": lambda num_experts: 2.0,
     "softmax": lambda num_experts: float(num_experts),
 }
-ROUTING_INPUTS = ("expert_output", "hidden_state")
+ROUTING = {"routing_input": ("expert_output", "hidden_state"), "routing_function": tuple(NEUTRAL_SCALE)}
 # Fields with a value for each layer, and the values that there are.
 PER_LAYER: dict[str, tuple[Any, ...]] = {
     "layer_types": ("full_attention", "sliding_attention"),
@@ -140,8 +140,8 @@ class FinedeepConfig(LlamaConfig):  # trf-ignore: TRF057
     ):
         self.num_expert_sublayers = _positive_int("num_expert_sublayers", num_expert_sublayers)
         self.num_experts_per_sublayer = _positive_int("num_experts_per_sublayer", num_experts_per_sublayer)
-        self.routing_input = _one_of("routing_input", routing_input, ROUTING_INPUTS)
-        self.routing_function = _one_of("routing_function", routing_function, tuple(NEUTRAL_SCALE))
+        self.routing_input = routing_input
+        self.routing_function = routing_function
         if routed_scaling_factor is None:
             routed_scaling_factor = NEUTRAL_SCALE[routing_function](num_experts_per_sublayer)
         self.routed_scaling_factor = _positive_float("routed_scaling_factor", routed_scaling_factor)
@@ -183,11 +183,14 @@ class FinedeepConfig(LlamaConfig):  # trf-ignore: TRF057
             self.base_model_tp_plan = {k: v for k, v in self.base_model_tp_plan.items() if k not in shared}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Where all layers are alike, the fields with a value for each follow their number.
+        """Refuse a routing that there is not, from `from_pretrained` too, which would silently be another model.
 
-        As in a model that is cut or read in part. Layers that differ are left alone: which of them are taken, or stand
-        in for more, is not for a number to say; and some functions change it for a while only.
+        And where all layers are alike, the fields with a value for each follow their number, as in a model that is cut
+        or read in part. Layers that differ are left alone: which of them are taken, or stand in for more, is not for a
+        number to say; and some functions change it for a while only.
         """
+        if name in ROUTING:
+            value = _one_of(name, value, ROUTING[name])
         super().__setattr__(name, value)
         if name == "num_hidden_layers" and isinstance(value, int):
             for field in PER_LAYER:

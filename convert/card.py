@@ -19,7 +19,7 @@ TEMPLATE = """---
 
 A [Finedeep](https://arxiv.org/abs/{{ paper }}) model: the FFN of each of its {{ layers }} decoder layers is cut into
 M = {{ M }} sub-layers of K = {{ K }} SwiGLU experts, {{ e }} neurons each, all of them active for every token, each
-weighted by a sigmoid of a score read from its own output.
+weighted by {{ gate }} of a score read from {{ scored }}.
 {% if origin %}
 Converted from {{ origin }}. {{ exactness }}
 {% endif %}
@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(
     "{{ repo_id }}", revision="{{ revision }}", trust_remote_code=True
 )
-tokenizer = AutoTokenizer.from_pretrained("{{ repo_id }}", revision="{{ revision }}")
+tokenizer = AutoTokenizer.from_pretrained("{{ repo_id }}", revision="{{ revision }}", trust_remote_code=True)
 ```
 {% if parameters %}
 | | dense | Finedeep |
@@ -45,6 +45,8 @@ tokenizer = AutoTokenizer.from_pretrained("{{ repo_id }}", revision="{{ revision
 {% endif %}
 {% if receipt_file %}How it was made is in [`{{ receipt_file }}`]({{ receipt_file }}).{% endif %}
 """
+GATES = {"sigmoid": "a sigmoid", "softmax": "a softmax over its sub-layer's experts"}
+SCORED = {"expert_output": "its own output", "hidden_state": "what the sub-layer reads"}
 LICENCE_FIELDS = ("license", "license_name", "license_link")
 
 
@@ -162,6 +164,8 @@ def make_card(
         M=M,
         K=K,
         e=config["intermediate_size"] // (M * K),
+        gate=GATES[config.get("routing_function", "sigmoid")],
+        scored=SCORED[config.get("routing_input", "expert_output")],
         origin=f"[{origin}](https://huggingface.co/{origin})" if is_hub_id else origin,
         exactness=_exactness(receipt or {}),
         repo_id=repo_id,

@@ -12,7 +12,6 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import disable_progress_bars
 
 from .card import make_card, read_comparison, read_scores
-from .destination import LOCK, PLAN
 from .errors import ConversionError
 from .receipt import RECEIPT, read_receipt
 from .source import read_json
@@ -35,7 +34,7 @@ with torch.no_grad():
 assert torch.isfinite(logits).all(), "its logits are not finite"
 print("FINGERPRINT", hashlib.sha256(logits.numpy().tobytes()).hexdigest())
 """
-NOT_PUSHED = ("README.md", PLAN, LOCK)
+CARD = "README.md"
 CACHES = ("HF_HUB_CACHE", "TRANSFORMERS_CACHE", "HF_XET_CACHE", "HF_MODULES_CACHE")  # the second in transformers 4
 # What an HTTP status of the Hub means for somebody who pushes, and what to do.
 REASONS = {
@@ -81,8 +80,7 @@ def push_folder(
         revision: a branch to push to, made where it does not exist; by default main.
         create_pr: whether to open a pull request instead.
         results: lm-eval's results JSON, or a folder with such, for the card's evaluation results; of a folder of
-            `finedeep eval --baseline` the comparison too. A README.md in the
-            folder is the card as it is.
+            `finedeep eval --baseline` the comparison too. A README.md in the folder is the card as it is, without.
         say: whether to tell on stderr what is being done.
 
     Raises:
@@ -91,13 +89,19 @@ def push_folder(
     """
     folder = Path(folder)
     config = _check(folder)
+    own_card = folder / CARD
+    if results and own_card.is_file():
+        raise ConversionError(
+            f"{own_card} is the card as it is, and {results} would not be in it. Push without results, or move that "
+            "file away to have a card made."
+        )
     receipt = read_receipt(folder) if (folder / RECEIPT).is_file() else None
     scores = read_scores(Path(results)) if results else []
     comparison = read_comparison(Path(results)) if results else None
     tell = (lambda text: print(text, file=sys.stderr, flush=True)) if say else (lambda text: None)
     tell(f"Loading {folder} as anybody would ...")
     here = _fingerprint(str(folder.resolve()), None, {})
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in NOT_PUSHED)
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != CARD and path.name[0] != ".")
     api = HfApi()
     if not say:
         disable_progress_bars()
@@ -113,12 +117,11 @@ def push_folder(
             revision=revision,
             create_pr=create_pr,
         )
-        own_card = folder / "README.md"
         made = make_card(repo_id, pushed.oid, config, receipt, scores, comparison)
         card = own_card.read_text(encoding="utf-8") if own_card.is_file() else str(made)
         api.create_commit(
             repo_id,
-            [CommitOperationAdd("README.md", card.encode())],
+            [CommitOperationAdd(CARD, card.encode())],
             commit_message="Model card, with the revision of the weights",
             revision=pushed.pr_revision or revision,
         )

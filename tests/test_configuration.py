@@ -51,6 +51,14 @@ def test_the_nearest_widths_named_do_work():
             )
 
 
+@pytest.mark.parametrize(("field", "value"), [("routing_function", "sofmax"), ("routing_input", "hidden")])
+def test_a_routing_that_there_is_not_is_refused_whenever_it_is_set(tmp_path, field, value):
+    """from_pretrained sets fields of a configuration that has been made; any other name would be another model."""
+    FinedeepConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{field}={value!r} is not known; values that work: "):
+        FinedeepConfig.from_pretrained(tmp_path, **{field: value})
+
+
 def test_every_field_survives_a_round_trip(tmp_path):
     fields = {
         "num_expert_sublayers": 3,

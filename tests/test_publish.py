@@ -173,6 +173,27 @@ def test_the_card_names_a_hub_source_as_its_base_model():
     assert "equal the dense model's" in card.text
 
 
+@pytest.mark.parametrize(
+    ("routing", "words"),
+    [
+        ({}, "weighted by a sigmoid of a score read from its own output."),
+        ({"routing_function": "softmax", "routing_input": "hidden_state"}, "a softmax .* read from what the sub-layer"),
+    ],
+    ids=["default", "other"],
+)
+def test_the_card_says_how_experts_are_weighted(routing, words):
+    config = {"num_expert_sublayers": 1, "num_experts_per_sublayer": 8, "intermediate_size": 64, "num_hidden_layers": 2}
+    assert re.search(words, make_card("me/model", "1" * 40, config | routing, None, []).text)
+
+
+def test_scores_are_not_left_out_of_a_card_of_ones_own(tmp_path, finedeep_folder, monkeypatch):
+    monkeypatch.setattr("finedeep.convert.publish.HfApi", lambda: pytest.fail("the Hub was spoken to"))
+    folder = shutil.copytree(finedeep_folder, tmp_path / "out")
+    (folder / "README.md").write_text("My card.")
+    with pytest.raises(ConversionError, match="is the card as it is, and .* would not be in it"):
+        push_folder(folder, "org/model", results=tmp_path)
+
+
 def test_scores_are_wanted_where_they_are_asked_for(tmp_path):
     with pytest.raises(ConversionError, match="holds no results"):
         read_scores(tmp_path)
