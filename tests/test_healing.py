@@ -19,6 +19,7 @@ from finedeep.convert.healing import HEALING, HIDDEN_STATES, HealingOptions, Hea
 from finedeep.convert.healing_data import ANOTHER_SEED, healing_windows
 from finedeep.convert.receipt import RECEIPT
 from finedeep_cli import heal_command, main
+from hub_server import running_hub
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
@@ -446,6 +447,30 @@ def test_only_a_finedeep_model_is_healed(tmp_path, dense):
         heal(dense, tmp_path / "out", teacher=str(dense), **QUICK)
     with pytest.raises(ConversionError, match="does not exist"):
         heal(Path("/no/such/model"), tmp_path / "out", teacher=str(dense), **QUICK)
+
+
+@pytest.mark.slow
+def test_models_of_the_hub(tmp_path, dense, cut):
+    """Over real HTTP, model and teacher; no code is fetched."""
+    with running_hub() as (hub, environment):
+        for name, folder in (("org/cut", cut), ("org/dense", dense)):
+            hub.repositories[name] = [{path.name: path.read_bytes() for path in folder.iterdir()}]
+        environment = {**os.environ, **environment, "HF_HOME": str(tmp_path / "home")}
+        words = [
+            sys.executable,
+            "-m",
+            "finedeep_cli",
+            "heal",
+            "org/cut",
+            str(tmp_path / "out"),
+            "--teacher",
+            "org/dense",
+        ]
+        words += ["--tokens", "4096", "--context", "32", "--steps", "2", "--quiet"]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert not [path for _, path in hub.requests if path.endswith(".py")]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in cut.iterdir()} | {HEALING}
 
 
 @pytest.mark.parametrize("value", ["nothing", "=1", "a b=1"])
