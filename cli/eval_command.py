@@ -8,7 +8,10 @@ With --baseline each task has a verdict: better, worse, or not distinguishable a
 own results and samples and, with --baseline, comparison.json, comparison.md, figures and a page, report.html, with
 speed and memory of both models.
 
-A stopped run with --output goes on with --resume: no question is asked twice. For several GPUs:
+A stopped run with --output goes on with --resume: tasks that are done are not asked again, and of the one that was
+stopped only what is left. That one begins again where it samples, or where there are several processes.
+
+For several GPUs, whose number may be another one with --resume (tasks with examples are then asked again):
   accelerate launch -m finedeep_cli eval ...
 
 examples:
@@ -19,8 +22,8 @@ examples:
   finedeep eval ./llama-finedeep --tasks hellaswag --set parallelize=true          one model over all GPUs
 
 In --local each line of a *.jsonl file is an object with question, choices and answer (the right one's place, from 0);
-or question and answer (a text to be generated); or context and word; or text. A *.txt file is scored in passages of
-1,000 characters.
+or question and answer (a line to be generated, word for word); or context and word; or text. A *.txt file is scored in
+passages of 1,000 characters.
 """
 
 import argparse

@@ -43,6 +43,11 @@ class Row:
     p_holm: float | None = None
     verdict: str | None = None
 
+    @property
+    def is_mean(self) -> bool:
+        """Whether the metric is a mean over samples."""
+        return self.place.metric not in AGGREGATE_OF
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         difference = asdict(self.difference) if self.difference else None

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..convert.loading_bars import without_loading_bars
 from .errors import EvaluationError, cannot_load
-from .kept import KeptAnswers
+from .kept import Answers, KeptAnswers, answering, answers_of
 from .scores import Results, scores_of
 
 OWN_OPTIONS = {
@@ -123,22 +123,26 @@ def evaluate(
     }
     with contextlib.ExitStack() as stack:
         folder = Path(work or stack.enter_context(tempfile.TemporaryDirectory(prefix="finedeep-eval-")))
-        kept = KeptAnswers(folder, list(wanted.leaves), lm.rank, lm.world_size)
+        kept = KeptAnswers(folder, list(wanted.leaves), lm, say)
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # where the harness shows its progress
         stack.enter_context(_quick_side_jobs())
         results: Results = {}
+        answers: Answers = {}
         for i, (name, task) in enumerate(wanted.leaves.items(), start=1):
             rough = {} if wanted.at_once else {"bootstrap_iters": ROUGH_BOOTSTRAP}
-            with _errors_of(model, [name]):
+            with _errors_of(model, [name]), answering(lm, kept.answers(name)):
                 results = _simple_evaluate(lm_eval, lm, [task], {**how, **rough, "use_cache": kept.cache(name)}, say)
+            answers |= (given := answers_of(task))
+            everyones = lm.gather_object(given)
             if results:
                 _check_answers(results, name, model)
-                kept.write_scores(name, results)
+                kept.finish(name, results, everyones)
                 say(f"[{i}/{len(wanted.leaves)}] {_summary(results)}")
         if not wanted.at_once:
-            # Everything once more, from the answers that were kept: groups' averages as the harness makes them.
+            # Everything once more, from the answers that are there: groups' averages as the harness makes them.
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))  # bars that are full at once
-            results = _simple_evaluate(lm_eval, lm, wanted.whole, {**how, "use_cache": kept.merged()}, say)
+            stack.enter_context(answering(lm, answers))
+            results = _simple_evaluate(lm_eval, lm, wanted.whole, how, say)
     if not results:
         return {}
     results["config"] |= {"model": "hf", "model_args": arguments, "batch_size": batch_size, "use_cache": None}

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -214,24 +215,38 @@ def rows_of(inspections: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 
 def prepare(folder: str | Path) -> None:
     """Make the folder for `save`. Raises `EvaluationError` where that, or drawing, is not possible."""
-    try:
-        import matplotlib  # noqa: F401
-
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except ImportError as error:
-        raise EvaluationError("figures want matplotlib. Install it with: pip install 'finedeep[plots]'") from error
-    except OSError as error:
-        raise EvaluationError(f"{folder} cannot be made ({error.strerror}); name another folder.") from error
+    _plots()
+    _made(folder)
 
 
 def save(inspections: Mapping[str, Mapping[str, Any]], folder: str | Path) -> list[Path]:
-    """Write `inspection.json` and the figures into a folder. Returns their paths."""
-    from .plots import figures_of
-    from .plots import save as save_figures
+    """Write `inspection.json`, then the figures, into a folder. Returns their paths.
 
-    prepare(folder)
-    path = write_whole(Path(folder) / "inspection.json", json.dumps(inspections, indent=1))
-    return [path, *save_figures(figures_of(inspections), Path(folder))]
+    Raises:
+        EvaluationError: the folder cannot be made; or nothing can be drawn, but `inspection.json` is written.
+    """
+    path = write_whole(_made(folder) / "inspection.json", json.dumps(inspections, indent=1))
+    plots = _plots()
+    return [path, *plots.save(plots.figures_of(inspections), Path(folder))]
+
+
+def _made(folder: str | Path) -> Path:
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EvaluationError(f"{folder} cannot be made ({error.strerror}); name another folder.") from error
+    return Path(folder)
+
+
+def _plots() -> ModuleType:
+    """The module that draws, and with it all that it imports."""
+    try:
+        from . import plots
+    except ImportError as error:
+        raise EvaluationError(
+            f"figures cannot be drawn ({error}). Install what that wants with: pip install 'finedeep[plots]'"
+        ) from error
+    return plots
 
 
 def mean(values: Iterator[float | None]) -> float | None:

@@ -2,28 +2,39 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import PreTrainedTokenizerBase
 
 from .errors import EvaluationError
 
 PASSAGE = 1000  # characters, at least: a text is scored in pieces, so that there are samples to compare
 PIECE = re.compile(rf".{{{PASSAGE}}}\S{{0,100}}\s?|.+", re.DOTALL)  # of a line; some scripts have no spaces
 GROUP = "local_choice"  # the average over tasks of questions with choices
-# What a line of the JSONL file holds, and what the harness asks of a model with it.
+SHORT = 16  # tokens that may be generated where answers are short
+BESIDE = 4  # tokens that may be generated beside an answer's own: a space before it, and what shows that it goes on
+# The fields of a line of the JSONL file, by which its kind is known: the first that fits.
+FIELDS = {
+    "multiple_choice": ("question", "choices", "answer"),
+    "generation": ("question", "answer"),
+    "last_word": ("context", "word"),
+    "text": ("text",),
+}
+# What the harness asks of a model with a line. Fields are named where that will do: out of a template that is rendered
+# the harness makes lists, of what looks like one.
 KINDS: dict[str, dict[str, Any]] = {
-    # {"question", "choices", "answer": index}
+    # answer: index
     "multiple_choice": {
         "output_type": "multiple_choice",
         "doc_to_text": "Question: {{question}}\nAnswer:",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{answer}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     },
-    # {"context", "word"}: is the word the model's first choice, and how surprised is it?
+    # is the word the model's first choice, and how surprised is it?
     "last_word": {
         "output_type": "loglikelihood",
         "doc_to_text": "{{context}}",
@@ -31,19 +42,17 @@ KINDS: dict[str, dict[str, Any]] = {
         "target_delimiter": "",
         "metric_list": [{"metric": "acc"}, {"metric": "perplexity"}],
     },
-    # {"text"}
     "text": {
         "output_type": "loglikelihood_rolling",
         "doc_to_text": "",
-        "doc_to_target": "{{text}}",
+        "doc_to_target": "text",
         "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
     },
-    # {"question", "answer": text}
+    # answer: text
     "generation": {
         "output_type": "generate_until",
         "doc_to_text": "Question: {{question}}\nAnswer:",
-        "doc_to_target": "{{answer}}",
-        "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": 16},
+        "doc_to_target": "answer",
         "filter_list": [
             {"name": "stripped", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}
         ],
@@ -53,48 +62,58 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def write_task(directory: Path, name: str, kind: str, data: Path) -> Path:
-    """Write the definition of task `name` over the JSONL file `data` into `directory`.
+    """Write task `name` over the JSONL file `data` into `directory`: a definition, and the data as Parquet.
 
     `directory` is then what `lm_eval run --include_path` takes.
 
     Args:
         directory: an existing folder.
         name: the task's name.
-        kind: a key of `KINDS`; it says which fields the lines of `data` need.
-        data: the JSONL file. It is named by its full path, since the harness resolves names from its own folder.
+        kind: a key of `KINDS`. Of "generation", 16 tokens are generated at most.
+        data: the JSONL file, each line an object with the `FIELDS` of its kind.
 
     Returns:
         The YAML file.
     """
+    return _write_task(directory, name, kind, [json.loads(line) for line in _read(data).split("\n") if line.strip()])
+
+
+def _write_task(
+    directory: Path, name: str, kind: str, lines: Sequence[Mapping[str, Any]], max_gen_toks: int = SHORT
+) -> Path:
+    # By way of JSON, strings that look like dates would become dates.
+    from pyarrow import Table
+    from pyarrow.parquet import write_table
+
+    data = directory.resolve() / f"{name}.parquet"  # the harness resolves names from its own folder
+    write_table(Table.from_pylist([{field: line[field] for field in FIELDS[kind]} for line in lines]), data)
     definition = {
         "task": name,
-        "dataset_path": "json",
+        "dataset_path": "parquet",
         "dataset_kwargs": {
-            "data_files": {"test": str(data.resolve())},
+            "data_files": {"test": str(data)},
             "cache_dir": str(directory.resolve() / ".cache"),  # beside the task, not in the user's home
         },
         "test_split": "test",
         **KINDS[kind],
         "metadata": {"version": 1.0},
     }
+    if kind == "generation":
+        definition["generation_kwargs"] = {"until": ["\n"], "do_sample": False, "max_gen_toks": max_gen_toks}
     path = directory / f"{name}.yaml"
     path.write_text(yaml.safe_dump(definition, sort_keys=False, allow_unicode=True), encoding="utf-8")
     return path
 
 
-# The fields by which a file's kind is known, the first that fits.
-FIELDS = {
-    "multiple_choice": ("question", "choices", "answer"),
-    "generation": ("question", "answer"),
-    "last_word": ("context", "word"),
-    "text": ("text",),
-}
-
-
-def write_local_tasks(source: Path, directory: Path) -> list[str]:
+def write_local_tasks(source: Path, directory: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Make a task `local_NAME` of each NAME.jsonl and NAME.txt in `source`, and a group of those with choices.
 
     Data and definitions are written into `directory`, which is then what `--include_path` takes.
+
+    Args:
+        source: the folder of questions and texts.
+        directory: is made where it is not there.
+        tokenizer: the model's; of answers that are generated the longest says how many tokens that may take.
 
     Returns:
         Names for the harness: the group, if there is one, and the tasks outside it.
@@ -114,10 +133,9 @@ def write_local_tasks(source: Path, directory: Path) -> list[str]:
         name = f"local_{re.sub(r'[^A-Za-z0-9_.-]', '_', path.stem)}"
         if name == GROUP or any(name in found for found in names.values()):
             raise EvaluationError(f"{path} would be task {name}, which there is already; give the file another name.")
-        kind, lines = read_questions(path) if path.suffix == ".jsonl" else ("text", read_passages(path))
-        data = directory / f"{name}.jsonl"
-        data.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        write_task(directory, name, kind, data)
+        kind, lines = read_questions(path) if path.suffix == ".jsonl" else ("text", list(read_passages(path)))
+        longest = _longest_answer(lines, tokenizer) if kind == "generation" else 0
+        _write_task(directory, name, kind, lines, max(SHORT, longest + BESIDE))
         names.setdefault(kind, []).append(name)
     choices = names.pop("multiple_choice", [])
     others = [name for found in names.values() for name in found]
@@ -131,6 +149,11 @@ def write_local_tasks(source: Path, directory: Path) -> list[str]:
     }
     (directory / f"{GROUP}.yaml").write_text(yaml.safe_dump(group, sort_keys=False), encoding="utf-8")
     return [GROUP, *others]
+
+
+def _longest_answer(lines: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> int:
+    answers = [line["answer"] for line in lines]
+    return max(map(len, tokenizer(answers, add_special_tokens=False, verbose=False)["input_ids"]))
 
 
 def read_questions(path: Path) -> tuple[str, list[dict[str, Any]]]:
@@ -154,6 +177,8 @@ def read_questions(path: Path) -> tuple[str, list[dict[str, Any]]]:
         if fault := _fault(kind, found):
             raise EvaluationError(f"{path}, line {number}: {fault}.")
         lines.append({name: found[name] for name in FIELDS[kind]})
+        if kind == "generation":
+            lines[-1]["answer"] = found["answer"].strip()  # as what is generated will be
     if not lines:
         raise EvaluationError(f"{path} is empty; questions are wanted, a JSON object on each line.")
     return kind, lines
@@ -172,6 +197,10 @@ def _fault(kind: str, line: Mapping[str, Any]) -> str | None:
                 return f"answer is {value!r}; the place of the right choice is wanted, a whole number from 0 to {last}"
         elif not isinstance(value, str) or not value.strip():
             return f"{name} is {value!r}; a text is wanted"
+        elif (kind, name) == ("generation", "answer") and "\n" in value.strip():
+            return f"answer is {value!r}, and generating ends with the line; a text of one line is wanted"
+    if re.search("[\ud800-\udfff]", json.dumps([line[name] for name in FIELDS[kind]], ensure_ascii=False)):
+        return "it holds a surrogate (\\ud800 to \\udfff) without its other half; whole characters are wanted"
     return None
 
 

@@ -4,15 +4,17 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .comparison import AGGREGATE_OF, Row
 from .inspection import TAU
+
+if TYPE_CHECKING:  # inspections are drawn without what comparisons want to be installed
+    from .comparison import Row
 
 Inspections = Mapping[str, Mapping[str, Any]]
 SIZE = (6.0, 3.4)  # inches
@@ -60,10 +62,10 @@ def _colours(inspections: Inspections) -> tuple[str, ...]:
     return COLOURS[-len(inspections) :]
 
 
-def differences(rows: Sequence[Row]) -> Figure | None:
+def differences(rows: Sequence["Row"]) -> Figure | None:
     """Main metrics that are shares of samples: the difference to the baseline, with its interval."""
-    drawn = [row for row in rows if row.main and row.difference and row.difference.low is not None]
-    drawn = [row for row in drawn if row.place.metric not in AGGREGATE_OF][::-1]
+    drawn = [row for row in rows if row.main and row.is_mean and row.difference and row.difference.low is not None]
+    drawn.reverse()
     if not drawn:
         return None
 

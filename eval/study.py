@@ -26,7 +26,7 @@ from .processes import is_first_process, is_needed, process_number, share
 from .report import write_report
 from .scores import Results
 from .table import side_by_side
-from .tokenization import beginning_of, check_same_tokenizer
+from .tokenization import beginning_of, check_same_tokenizer, load_tokenizer
 
 UNFINISHED, PLAN = ".unfinished", "plan.json"
 PACKAGES = ("torch", "transformers", "lm_eval", "scipy")
@@ -126,7 +126,7 @@ def _score(
             _begin_together(work, plan_of(models, tasks, local, {"include_path": include_path, **options}), resume)
         else:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="finedeep-eval-")))
-        names, paths = tasks_of(tasks, local, include_path, work)
+        names, paths = tasks_of(tasks, local, include_path, work, next(iter(models.values())))
         for name, path in models.items():
             say(f"Scoring {path}")
             results[name] = evaluate(path, names, include_path=paths, work=work / name, say=say, **options)
@@ -141,13 +141,16 @@ def _remove_work(output: Path) -> None:
 
 
 def tasks_of(
-    tasks: Sequence[str], local: str | Path | None, include_path: str | Path | None, work: Path
+    tasks: Sequence[str], local: str | Path | None, include_path: str | Path | None, work: Path, model: str | Path
 ) -> tuple[list[str], list[Path]]:
-    """Names of all tasks, and the folders that define them; those of a local folder are written into `work`."""
+    """Names of all tasks, and the folders that define them.
+
+    Those of a local folder are written into `work`, for `model` and all others with its tokenizer.
+    """
     names, paths = list(tasks), [Path(include_path)] if include_path else []
     if local:
         made = work / f"tasks-{process_number()}"  # each process has its own
-        names += write_local_tasks(Path(local), made)
+        names += write_local_tasks(Path(local), made, load_tokenizer(model))
         paths.append(made)
     if not names:
         raise EvaluationError("there is nothing to score; name tasks of the harness (--tasks) or a folder (--local).")

@@ -190,11 +190,36 @@ def test_the_command_writes_json_and_figures(tmp_path, capsys, finedeep, dense, 
 
 
 def test_without_matplotlib_the_message_says_how_to_get_it(tmp_path, capsys, monkeypatch, dense, text):
-    for name in [name for name in sys.modules if name.startswith(("matplotlib", "finedeep.eval.plots"))]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    without(monkeypatch, "matplotlib")
+    monkeypatch.setattr(inspection, "load", None)
     assert main(["inspect", str(dense), "--text", str(text), "--output", str(tmp_path / "out"), "--quiet"]) == 2
-    assert "finedeep[plots]" in capsys.readouterr().err
+    assert re.search(r"matplotlib.* pip install 'finedeep\[plots\]'", capsys.readouterr().err)
+
+
+def without(monkeypatch, *packages):
+    """As if packages were not installed, for the modules that draw or compare, which have not been imported yet."""
+    for module in ("plots", "comparison", "paired"):
+        monkeypatch.delitem(sys.modules, f"finedeep.eval.{module}", raising=False)
+        monkeypatch.delattr(f"finedeep.eval.{module}", raising=False)
+    for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
+        monkeypatch.delitem(sys.modules, name)
+    for package in packages:
+        monkeypatch.setitem(sys.modules, package, None)
+
+
+def test_figures_want_no_more_than_the_extra_of_plots(tmp_path, monkeypatch, finedeep, text):
+    """Which is matplotlib; what comparisons want is not in it."""
+    without(monkeypatch, "scipy", "lm_eval", "jinja2")
+    assert main(["inspect", str(finedeep), "--text", str(text), "--output", str(tmp_path), "--quiet"]) == 0
+    assert (tmp_path / "gates.svg").exists()
+
+
+def test_what_goes_wrong_with_figures_does_not_lose_the_inspection(tmp_path, monkeypatch, finedeep, text):
+    found = {"model": inspect(finedeep, text, progress=False)}
+    without(monkeypatch, "matplotlib")
+    with pytest.raises(EvaluationError, match="matplotlib"):
+        inspection.save(found, tmp_path)
+    assert json.loads((tmp_path / "inspection.json").read_text()) == found
 
 
 def test_a_dense_model_alone(capsys, dense, text):

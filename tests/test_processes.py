@@ -1,5 +1,6 @@
 """Two real processes over gloo: sharded training and inference equal one process, values and gradients."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -8,8 +9,13 @@ import sys
 import finedeep
 import pytest
 import torch
+import yaml
 from conftest import TINY
 from finedeep import FinedeepConfig, FinedeepForCausalLM
+from finedeep.eval import evaluate
+from finedeep.eval.local_tasks import write_task
+from finedeep.eval.scores import scores_of
+from lm_eval.models.huggingface import HFLM
 
 SCRIPTS = pathlib.Path(__file__).parent / "processes"
 
@@ -62,6 +68,43 @@ def test_accelerate_fsdp2_by_the_launch_file(tmp_path):
     """As a user launches it, but for the number of processes and the precision."""
     launch = ("accelerate.commands.launch", "--config_file", str(LAUNCH_FILES / "fsdp2.yaml"))
     passes((*launch, "--num_processes=2", "--mixed_precision=no"), "accelerated.py", save_random(tmp_path), "FSDP2")
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    """Texts, and questions with and without examples, of as many documents as two processes cannot share evenly."""
+    questions = [{"question": f"{i}?", "choices": ["one", "two"], "answer": i % 2} for i in range(7)]
+    data = {"story": [{"text": f"text {i} " * 40} for i in range(5)], "shots": questions, "sums": questions}
+    for name, lines in data.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        kind = "text" if name == "story" else "multiple_choice"
+        path = write_task(tmp_path, name, kind, tmp_path / f"{name}.jsonl")
+    path = tmp_path / "shots.yaml"
+    path.write_text(json.dumps({**yaml.safe_load(path.read_text()), "num_fewshot": 1, "fewshot_split": "test"}))
+    return tmp_path
+
+
+def test_scoring_goes_on_with_another_number_of_processes(tmp_path, monkeypatch, dense, tasks):
+    def stop(line):
+        if line.startswith("[2/3]"):
+            raise KeyboardInterrupt
+
+    how = {"tasks": ["story", "shots", "sums"], "include_path": tasks, "device": "cpu"}
+    work = tmp_path / "work"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(dense, work=work, say=stop, **how)
+    passes(TORCHRUN, "evaluated.py", dense, tasks, work)
+
+    (work / "answers-2_all.json").unlink()  # as if the two had been stopped in `sums`
+    asked = []
+    usual = HFLM.loglikelihood
+    monkeypatch.setattr(HFLM, "loglikelihood", lambda lm, requests: asked.extend(requests) or usual(lm, requests))
+    monkeypatch.setattr(HFLM, "loglikelihood_rolling", None)
+    found = evaluate(dense, work=work, **how)
+    monkeypatch.undo()
+    assert {request.doc_id for request in asked if request.task_name == "sums"} == {1, 3, 5}  # the second one's
+    assert {request.task_name for request in asked} == {"shots", "sums"}
+    assert scores_of(found) == scores_of(evaluate(dense, **how))
 
 
 @pytest.mark.slow  # DeepSpeed compiles its communication for the CPU on first use

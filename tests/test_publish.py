@@ -190,7 +190,7 @@ def test_scores_are_not_left_out_of_a_card_of_ones_own(tmp_path, finedeep_folder
     monkeypatch.setattr("finedeep.convert.publish.HfApi", lambda: pytest.fail("the Hub was spoken to"))
     folder = shutil.copytree(finedeep_folder, tmp_path / "out")
     (folder / "README.md").write_text("My card.")
-    with pytest.raises(ConversionError, match="is the card as it is, and .* would not be in it"):
+    with pytest.raises(ConversionError, match=r"is the card as it is, and .* would not be in it"):
         push_folder(folder, "org/model", results=tmp_path)
 
 

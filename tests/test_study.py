@@ -14,7 +14,8 @@ from html.parser import HTMLParser
 import datasets
 import pytest
 import torch
-from conftest import make_dense, random_model
+import yaml
+from conftest import byte_tokenizer, make_dense, random_model
 from finedeep.convert.card import make_card, read_comparison, read_scores
 from finedeep.eval import EvaluationError, cost, evaluate
 from finedeep.eval.harness import SUITE
@@ -209,6 +210,50 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, capsys):
     assert scores_of(json.loads(results.read_text())) == whole
 
 
+@pytest.fixture
+def sampling(tmp_path):
+    """Two tasks of which each question is asked twice, and the answers are drawn."""
+    from finedeep.eval.local_tasks import write_task
+
+    for name in ("a", "b"):
+        lines = [{"question": f"{name} {i}?", "answer": "no"} for i in range(3)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        path = write_task(tmp_path, name, "generation", tmp_path / f"{name}.jsonl")
+        kept = {"generation_kwargs": {"until": ["\n"], "do_sample": True, "temperature": 1.0, "max_gen_toks": 8}}
+        path.write_text(json.dumps({**yaml.safe_load(path.read_text()), **kept, "repeats": 2}))
+    return tmp_path
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_what_samples_is_asked_once(monkeypatch, sampling, dense, stopped):
+    """And scored by what it said then."""
+    from lm_eval.models.huggingface import HFLM
+
+    usual, asked = HFLM.generate_until, []
+
+    def generate_until(self, requests):
+        answers = usual(self, requests)
+        asked.extend((r.task_name, r.doc_id, answer) for r, answer in zip(requests, answers, strict=True))
+        return answers
+
+    def stop(line):
+        if line.startswith("[1/2]"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(HFLM, "generate_until", generate_until)
+    how = {"include_path": sampling, "work": sampling / "work", "device": "cpu"}
+    if stopped:
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(dense, ["a", "b"], say=stop, **how)
+        assert len(asked) == 3 * 2
+    results = evaluate(dense, ["a", "b"], **how)
+    assert len(asked) == len(set(asked)) == 2 * 3 * 2
+    for task, samples in results["samples"].items():
+        for sample in samples:
+            said = [answer for *question, answer in asked if question == [task, sample["doc_id"]]]
+            assert sample["resps"] == [said]
+
+
 PLAN = """
 import json
 from finedeep.eval.study import plan_of
@@ -269,7 +314,7 @@ def test_memory_that_runs_out_halves_the_batch(monkeypatch, capsys, dense, quest
 def made(questions):
     from finedeep.eval.local_tasks import write_local_tasks
 
-    write_local_tasks(questions, questions / "tasks")
+    write_local_tasks(questions, questions / "tasks", byte_tokenizer())
     return questions / "tasks"
 
 
@@ -278,8 +323,6 @@ def test_a_model_of_nan_is_refused(tmp_path, capsys, questions):
     with torch.no_grad():
         model.model.layers[1].sublayers[0].down_proj.weight[:, 3] = float("nan")
     model.save_pretrained(tmp_path)
-    from conftest import byte_tokenizer
-
     byte_tokenizer().save_pretrained(tmp_path)
     assert command(tmp_path, "--local", questions) == 2
     assert "NaN for logits in torch.float32" in capsys.readouterr().err
@@ -315,7 +358,7 @@ def with_tokens_around(model, folder, *single):
 
 def test_a_tokenizer_that_only_one_model_begins_with_is_named(tmp_path, converted, dense):
     other = with_tokens_around(converted, tmp_path / "other", "<s>", "A")
-    with pytest.raises(EvaluationError, match=r"'Once upon a time'\.\.\. begins with \['O'.* and \['<s>', 'O'"):
+    with pytest.raises(EvaluationError, match=r"from token 0 of 'Once upon .* \['O'.* and \['<s>', 'O'"):
         check_same_tokenizer(dense, other)
     said = (
         "Contexts begin with <s>, as the tokenizer has it; texts scored as a whole begin with <s> <s>, as the harness"
