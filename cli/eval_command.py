@@ -9,14 +9,15 @@ own results and samples and, with --baseline, comparison.json, comparison.md, fi
 speed and memory of both models.
 
 A stopped run with --output goes on with --resume: tasks that are done are not asked again, and of the one that was
-stopped only what is left. That one begins again where it samples, or where there are several processes.
+stopped only what is left. That one begins again where it samples, or where there are several processes. With --answers
+that holds for other runs too: one dense baseline answers once for all models that are compared with it.
 
 For several GPUs, whose number may be another one with --resume (tasks with examples are then asked again):
   accelerate launch -m finedeep_cli eval ...
 
 examples:
   finedeep eval ./llama-finedeep --baseline ./llama --tasks finedeep_suite --text text.txt --output ./results
-  finedeep eval ./llama-finedeep --baseline ./llama --tasks arc_easy,piqa
+  finedeep eval ./llama-finedeep --baseline ./llama --tasks arc_easy,piqa --answers ./answers
   finedeep eval ./llama-finedeep --baseline ./llama --local ./questions            *.jsonl and *.txt, no network
   finedeep eval ./llama-finedeep --tasks my_task --include-path ./my_tasks
   finedeep eval ./llama-finedeep --tasks hellaswag --set parallelize=true          one model over all GPUs
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--text", metavar="FILE", help="with --baseline: a text on which to compare sparsity and gates")
     option("--output", metavar="DIR", help="where to write results, samples, the comparison and its page")
     option("--resume", action="store_true", help="go on with what a stopped run has left in --output")
+    option("--answers", metavar="DIR", help="where answers stay, for other runs of the same model not to ask again")
     option("--include-path", metavar="DIR", help="a folder with task definitions of your own")
     option(
         "--num-fewshot",

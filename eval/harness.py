@@ -16,6 +16,7 @@ from typing import Any
 
 from ..convert.loading_bars import without_loading_bars
 from .errors import EvaluationError, cannot_load
+from .identity import identity_of
 from .kept import Answers, KeptAnswers, answering, answers_of
 from .scores import Results, scores_of
 
@@ -67,6 +68,7 @@ def evaluate(
     model_args: Mapping[str, Any] | None = None,
     output: str | Path | None = None,
     work: str | Path | None = None,
+    answers: str | Path | None = None,
     say: Callable[[str], None] | None = None,
     seed: int = 1234,
 ) -> Results:
@@ -91,6 +93,8 @@ def evaluate(
         output: a folder for the harness's results and samples.
         work: a folder in which every answer is kept as soon as it is there, so that a run that was stopped goes on with
             the next question, and each task's scores as soon as it is done.
+        answers: a folder where answers stay for other runs: this model, with the same options and versions, is not
+            asked again what it has answered there.
         say: is given a line as each task is done.
         seed: for the choice of few-shot examples and bootstrap samples.
 
@@ -123,17 +127,19 @@ def evaluate(
     }
     with contextlib.ExitStack() as stack:
         folder = Path(work or stack.enter_context(tempfile.TemporaryDirectory(prefix="finedeep-eval-")))
-        kept = KeptAnswers(folder, list(wanted.leaves), lm, say)
+        decisive = {"seed": seed, "dtype": dtype, "max_length": max_length, **(model_args or {})}
+        shelf = Path(answers) / identity_of(model, decisive) if answers else None
+        kept = KeptAnswers(folder, list(wanted.leaves), lm, shelf)
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # where the harness shows its progress
         stack.enter_context(_quick_side_jobs())
         results: Results = {}
-        answers: Answers = {}
+        given: Answers = {}
         for i, (name, task) in enumerate(wanted.leaves.items(), start=1):
             rough = {} if wanted.at_once else {"bootstrap_iters": ROUGH_BOOTSTRAP}
             with _errors_of(model, [name]), answering(lm, kept.answers(name)):
                 results = _simple_evaluate(lm_eval, lm, [task], {**how, **rough, "use_cache": kept.cache(name)}, say)
-            answers |= (given := answers_of(task))
-            everyones = lm.gather_object(given)
+            given |= (mine := answers_of(task))
+            everyones = lm.gather_object(mine)
             if results:
                 _check_answers(results, name, model)
                 kept.finish(name, results, everyones)
@@ -141,7 +147,7 @@ def evaluate(
         if not wanted.at_once:
             # Everything once more, from the answers that are there: groups' averages as the harness makes them.
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))  # bars that are full at once
-            stack.enter_context(answering(lm, answers))
+            stack.enter_context(answering(lm, given))
             results = _simple_evaluate(lm_eval, lm, wanted.whole, how, say)
     if not results:
         return {}

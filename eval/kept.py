@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..convert.whole_file import write_whole
-from .processes import are_several, process_number
+from .errors import EvaluationError
+from .processes import are_several, process_number, share
 from .scores import Results
 
 METHODS = ("loglikelihood", "loglikelihood_rolling", "generate_until")  # by which the harness asks a model
@@ -36,11 +37,16 @@ def answers_of(task: Any) -> Answers:
 
 @contextlib.contextmanager
 def answering(lm: Any, answers: Answers) -> Iterator[None]:
-    """Have a model answer as it did before, unasked, wherever there is an answer."""
+    """Have a model answer as it did before, unasked, wherever there is an answer.
+
+    Several processes must ask a model together or not at all: where one lacks an answer, all of them ask for all.
+    """
     again = {question: itertools.cycle(given) for question, given in answers.items()}
 
     def answer(ask: Callable[[list[Any]], list[Any]], requests: list[Any]) -> list[Any]:
         new = [request for request in requests if question_of(request) not in again]
+        if lm.world_size > 1 and _anywhere(lm, bool(new)):
+            return ask(requests)
         asked = iter(ask(new) if new else [])
         return [next(again.get(question_of(request), asked)) for request in requests]
 
@@ -53,18 +59,30 @@ def answering(lm: Any, answers: Answers) -> Iterator[None]:
             delattr(lm, method)
 
 
+def _anywhere(lm: Any, here: bool) -> bool:
+    """Whether it is so in any process: each calls this."""
+    everywhere = lm.gather_object(here)  # None but in the first
+    return share(None if everywhere is None else any(everywhere))
+
+
 class KeptAnswers:
     """A folder with what the tasks of a run have been answered so far.
 
     While a task is asked, that is the harness's cache of each process; of a task that is done, also a file with all
-    answers, from which any number of processes goes on. A cache is for a run of one process: several must ask a model
-    together or not at all, and one may have had all of its own answers and another not. Of what samples the harness
-    makes no use of a cache at all.
+    answers, from which any number of processes goes on. A cache is for a run of one process: of several, one may have
+    had all of its own answers and another not. Of what samples the harness makes no use of a cache at all.
+
+    A `shelf` is a folder where the answers of tasks that are done stay, for other runs of the same model.
     """
 
-    def __init__(self, folder: Path, tasks: list[str], lm: Any, say: Callable[[str], None]):
-        self.folder, self.tasks, self.lm, self.say = folder, tasks, lm, say
+    def __init__(self, folder: Path, tasks: list[str], lm: Any, shelf: Path | None = None):
+        self.folder, self.tasks, self.lm, self.shelf = folder, tasks, lm, shelf
         folder.mkdir(parents=True, exist_ok=True)
+        try:
+            if shelf:
+                shelf.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EvaluationError(f"{shelf} cannot be made ({error.strerror}); name another folder.") from error
         if are_several():
             for mine in folder.glob(f"{ANSWERS}-*_rank{lm.rank or process_number()}.db*"):  # as the harness names them
                 mine.unlink()
@@ -74,36 +92,42 @@ class KeptAnswers:
         return str(self.folder / f"{ANSWERS}-{self.tasks.index(task)}")
 
     def answers(self, task: str) -> Answers:
-        """Those of a task that is done, none of another.
+        """Those of a task that was done, by this run or one before; none of another.
 
         Each process draws the examples before its questions by itself. Where there are examples, another number of
         processes asks other questions, and none of the answers is for those.
         """
-        path = self._done(task)
-        if not path.exists():
-            return {}
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["processes"] not in (None, self.lm.world_size):
-            self.say(f"{task} is asked again: with another number of processes its questions have other examples")
-            return {}
-        # JSON has made lists of the pairs of likelihood and whether the model would have said so.
-        return {
-            (task, *question): [tuple(answer) if isinstance(answer, list) else answer for answer in answers]
-            for *question, answers in kept["answers"]
-        }
+        paths = filter(None, (self._done(task), self._on_shelf(task)))
+        return next(filter(None, (_read(path, task) for path in paths)), {})
 
     def finish(self, task: str, results: Results, answers: Sequence[Answers]) -> None:
         """Keep a task's answers, those of each process, and its scores for whoever looks while others are at work."""
         from lm_eval.utils import handle_non_serializable
 
-        kept = {
-            "processes": self.lm.world_size if results["n-shot"][task] else None,
-            "answers": [[*question, given] for some in answers for (_, *question), given in some.items()],
-        }
-        write_whole(self._done(task), json.dumps(kept))
+        found = {question: given for some in answers for question, given in some.items()}
+        _write(self._done(task), found)
+        if path := self._on_shelf(task):
+            _write(path, {**_read(path, task), **found})
         scores = {key: value for key, value in results.items() if key != "samples"}
         path = self.folder / f"{task.replace('/', '_')}.json"
         path.write_text(json.dumps(scores, indent=2, default=handle_non_serializable), encoding="utf-8")
 
     def _done(self, task: str) -> Path:
         return Path(f"{self.cache(task)}_all.json")
+
+    def _on_shelf(self, task: str) -> Path | None:
+        return self.shelf / f"{task.replace('/', '_')}.json" if self.shelf else None
+
+
+def _read(path: Path, task: str) -> Answers:
+    if not path.exists():
+        return {}
+    # JSON has made lists of the pairs of likelihood and whether the model would have said so.
+    return {
+        (task, *question): [tuple(answer) if isinstance(answer, list) else answer for answer in answers]
+        for *question, answers in json.loads(path.read_text(encoding="utf-8"))
+    }
+
+
+def _write(path: Path, answers: Answers) -> None:
+    write_whole(path, json.dumps([[*question, given] for (_, *question), given in answers.items()]))

@@ -2,6 +2,7 @@
 
 import os
 from datetime import timedelta
+from typing import Any
 
 import torch
 
@@ -35,7 +36,7 @@ def is_needed() -> bool:
     return needed
 
 
-def share(said: str | None) -> str | None:
+def share(said: Any) -> Any:
     """What the first process says, in all of them: each calls this and waits for the others."""
     if not are_several():
         return said

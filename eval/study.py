@@ -6,20 +6,17 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-from transformers.utils import cached_file
 
 from ..convert.card import COMPARISON
 from ..convert.destination import differing
 from ..convert.whole_file import write_whole
-from ..version import __version__
 from . import cost, inspection
 from .comparison import compare, sentence_of, table_of
 from .errors import EvaluationError
 from .harness import evaluate, save_results
+from .identity import files_in, files_of, versions
 from .inspection import check_text, inspect
 from .local_tasks import write_local_tasks
 from .processes import is_first_process, is_needed, process_number, share
@@ -29,10 +26,7 @@ from .table import side_by_side
 from .tokenization import beginning_of, check_same_tokenizer, load_tokenizer
 
 UNFINISHED, PLAN = ".unfinished", "plan.json"
-PACKAGES = ("torch", "transformers", "lm_eval", "scipy")
-NOT_TOLD = ("say", "output", "resume")  # of the options: they decide nothing
-# The files of a model's folder that decide its answers.
-DECISIVE = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "*.model", "vocab*", "merges*", "adapter*")
+NOT_TOLD = ("say", "output", "resume", "answers")  # of the options: they decide nothing
 
 
 @dataclass(frozen=True)
@@ -161,34 +155,16 @@ def plan_of(
     models: Mapping[str, str | Path], tasks: Sequence[str], local: str | Path | None, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """All that decides the answers, to know a stopped run by."""
-    decisive = {key: value for key, value in options.items() if key not in ("batch_size", "device")}
+    decisive = {key: value for key, value in options.items() if key not in ("batch_size", "device", "answers")}
     plan = {
         **{name: str(path) for name, path in models.items()},
-        **{f"files of {name}": _files_of(path) for name, path in models.items()},
+        **{f"files of {name}": files_of(path) for name, path in models.items()},
         "tasks": list(tasks),
-        "local": _files(Path(local), ("*.jsonl", "*.txt")) if local else None,
+        "local": files_in(Path(local), ("*.jsonl", "*.txt")) if local else None,
         "versions": versions(),
         **decisive,
     }
     return json.loads(json.dumps(plan, default=str))
-
-
-def _files_of(model: str | Path) -> Any:
-    """A folder's files, or the commit of a Hub id."""
-    if Path(model).is_dir():
-        return _files(Path(model), DECISIVE)
-    return Path(cached_file(str(model), "config.json")).parent.name
-
-
-def _files(folder: Path, patterns: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of a folder's files."""
-    found = {path for pattern in patterns for path in folder.glob(pattern)} if folder.is_dir() else ()
-    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(found)]
-
-
-def versions() -> dict[str, str]:
-    """Of all that decides scores and statistics."""
-    return {"finedeep": __version__, **{package: version(package) for package in PACKAGES}}
 
 
 def _begin_together(work: Path, plan: Mapping[str, Any], resume: bool) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from html.parser import HTMLParser
 
 import datasets
@@ -252,6 +253,53 @@ def test_what_samples_is_asked_once(monkeypatch, sampling, dense, stopped):
         for sample in samples:
             said = [answer for *question, answer in asked if question == [task, sample["doc_id"]]]
             assert sample["resps"] == [said]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """How many questions the harness has asked each model."""
+    from lm_eval.models.huggingface import HFLM
+
+    found = Counter()
+
+    def counting(usual):
+        def ask(self, requests):
+            found[type(self.model).__name__] += len(requests)
+            return usual(self, requests)
+
+        return ask
+
+    for method in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+        monkeypatch.setattr(HFLM, method, counting(getattr(HFLM, method)))
+    return found
+
+
+def test_answers_stay_for_other_runs(tmp_path, capsys, dense, cut, converted, questions, asked):
+    """One dense model, compared with two: it answers once, and again when it is another one."""
+    dense = shutil.copytree(dense, tmp_path / "dense")
+    words = ("--baseline", dense, "--local", questions, "--quiet", "--answers", tmp_path / "answers")
+    assert command(cut, *words) == 0
+    once, table = dict(asked), capsys.readouterr().out
+    assert command(converted, *words) == 0
+    assert dict(asked) == {**once, "FinedeepForCausalLM": 2 * once["FinedeepForCausalLM"]}
+    capsys.readouterr()
+    assert command(cut, *words) == 0  # and it is the same table, of no further question
+    assert asked.total() == once["LlamaForCausalLM"] + 2 * once["FinedeepForCausalLM"]
+    assert capsys.readouterr().out == table
+    assert command(cut, *words, "--limit", "5") == 0
+    assert asked.total() == once["LlamaForCausalLM"] + 2 * once["FinedeepForCausalLM"]
+    os.utime(dense / "model.safetensors", (1, 1))
+    assert command(cut, *words) == 0
+    assert asked["LlamaForCausalLM"] == 2 * once["LlamaForCausalLM"]
+
+
+def test_a_shelf_that_cannot_be_made(tmp_path, capsys, dense, questions):
+    (tmp_path / "answers").touch()
+    assert command(dense, "--local", questions, "--answers", tmp_path / "answers") == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'answers'}" in said
+    assert "cannot be made" in said
+    assert "Traceback" not in said
 
 
 PLAN = """
