@@ -239,7 +239,7 @@ def heal(
             f"{arguments.n_gpu} devices are seen by one process; one process for each is wanted: accelerate launch -m "
             "finedeep_cli heal ... (or CUDA_VISIBLE_DEVICES=0 for one alone)."
         )
-    files = _files(model, o)
+    files = _files(model, o, teacher)
     with ExitStack() as stack:
         if arguments.process_index == 0:
             stack.enter_context(alone(work, destination))
@@ -412,13 +412,14 @@ def _begin(work: Path, plan: Mapping[str, Any], resume: bool) -> None:
         )
 
 
-def _files(model: Path, o: HealingOptions) -> dict[str, Any]:
-    """What has to be the same beside the options: the text by its hash, weights by their size and time."""
+def _files(model: Path, o: HealingOptions, teacher: PreTrainedModel | None) -> dict[str, Any]:
+    """What has to be the same beside the options: the text by its hash, weights by size and time, or by commit."""
     folders = [Path(folder) for folder in (model, o.teacher) if folder is not None]
     weights = [file.stat() for folder in folders for file in sorted(folder.glob("*.safetensors"))]
     return {
         "text": sha256(Path(o.data)) if Path(o.data).is_file() else None,
         "weights": [[found.st_size, found.st_mtime_ns] for found in weights],
+        "teacher": getattr(teacher.config, "_commit_hash", None) if teacher is not None else None,
     }
 
 
@@ -448,7 +449,7 @@ def _save(
             (folder / "generation_config.json").unlink(missing_ok=True)  # it was the training's
             config.save_pretrained(folder)  # which names the dtype of the file, not of the training
             _write_companions(model, folder, o, files, healed)
-        shutil.rmtree(trainer.args.output_dir)
+        shutil.rmtree(trainer.args.output_dir, ignore_errors=True)  # its lock is open, which some file systems mind
     trainer.accelerator.wait_for_everyone()
 
 
@@ -460,6 +461,7 @@ def _write_companions(model: Path, folder: Path, o: HealingOptions, files: Mappi
     receipt = {
         "options": dataclasses.asdict(o),
         "data_sha256": files["text"],
+        "teacher_revision": files["teacher"],
         "tokens_seen": healed.tokens_seen,
         "held_out_nats_per_token": {"before": healed.before, "after": healed.after},
         "versions": versions("accelerate"),

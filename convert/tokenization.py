@@ -18,7 +18,7 @@ AS_THE_FILE = {"TokenizersBackend": "PreTrainedTokenizerFast"}  # the name that 
 
 def first_difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
     """A text that the two do not split into the same tokens, where one is found."""
-    special = sorted(one.get_added_vocab())[:MOST_SPECIAL]
+    special = sorted(getattr(one, "get_added_vocab", dict)())[:MOST_SPECIAL]  # not all classes have it
     around = [f"Hello{token}\nHi{token} you {token}" for token in special]  # ... and what follows a special token
     texts = [*(f"{beginning}{PROBE}" for beginning in BEGINNINGS), *around]
     return next((text for text in texts if one(text)["input_ids"] != other(text)["input_ids"]), None)
@@ -30,8 +30,16 @@ def keep_tokens(source: Path, folder: Path) -> None:
     transformers 5 goes by the model's type, which is another one now: for a Mistral or Phi-3 it takes tokenizer.json as
     it is, whatever class tokenizer_config.json names; for a type that it does not know it takes that class, which may
     put its own rules in the place of the file's. Where that makes a difference, the class that reads the source is
-    named. Nothing is done where there is no tokenizer.
+    named. Nothing is done where there is no tokenizer, and whatever is wrong with one is told of: no weights are lost
+    over it.
     """
+    try:
+        _keep_tokens(source, folder)
+    except Exception as error:  # a stranger's files, and classes of many kinds
+        warnings.warn(f"the tokenizer of {source} was copied as it is ({type(error).__name__}: {error}).", stacklevel=2)
+
+
+def _keep_tokens(source: Path, folder: Path) -> None:
     before, after = _loaded(source), _loaded(folder)
     if before is None or (after is not None and first_difference(before, after) is None):
         return
@@ -49,7 +57,7 @@ def keep_tokens(source: Path, folder: Path) -> None:
         warnings.warn(
             f"a {name} reads {source}; of the converted folder, AutoTokenizer makes other tokens. Use the dense "
             "model's tokenizer with it.",
-            stacklevel=2,
+            stacklevel=3,
         )
 
 

@@ -13,21 +13,28 @@ from ..version import __version__
 
 PACKAGES = ("torch", "transformers", "lm_eval", "scipy")
 # The files of a model's folder that decide its answers.
-DECISIVE = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "*.model", "vocab*", "merges*", "adapter*")
+DECISIVE = (
+    *("*.safetensors", "*.bin", "*config.json", "tokenizer*", "*.model", "vocab*", "merges*", "adapter*"),
+    *("special_tokens*", "added_tokens*"),
+)
+# Options that name another checkpoint, and a file that it has.
+OTHERS = {"peft": "adapter_config.json", "delta": "config.json"}
 
 
 def identity_of(model: str | Path, options: Mapping[str, Any]) -> str:
-    """A name for a model as it is now, with options that decide its answers; such as name a folder, by its files."""
-    known = {key: files_in(Path(str(value)), DECISIVE) or value for key, value in options.items()}
-    decisive = json.dumps([files_of(model), versions(), known], sort_keys=True, default=str)
+    """A name for a model as it is now, with options that decide its answers."""
+    known = {key: files_of(value, OTHERS[key]) if key in OTHERS else value for key, value in options.items()}
+    place = str(Path(model).resolve()) if Path(model).is_dir() else str(model)
+    files = files_of(model, revision=options.get("revision"))
+    decisive = json.dumps([place, files, versions(), known], sort_keys=True, default=str)
     return f"{Path(model).name}-{hashlib.sha256(decisive.encode()).hexdigest()[:16]}"
 
 
-def files_of(model: str | Path) -> Any:
-    """A folder's files, or the commit of a Hub id."""
+def files_of(model: str | Path, file: str = "config.json", revision: str | None = None) -> Any:
+    """A folder's files, or the commit of a Hub id, which has `file`."""
     if Path(model).is_dir():
         return files_in(Path(model), DECISIVE)
-    return Path(cached_file(str(model), "config.json")).parent.name
+    return Path(cached_file(str(model), file, revision=revision or "main")).parent.name
 
 
 def files_in(folder: Path, patterns: Iterable[str]) -> list[tuple[str, int, int]]:

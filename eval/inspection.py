@@ -95,9 +95,10 @@ def load(model: str | Path, device: str | None, dtype: str) -> tuple[PreTrainedM
     """A model and its tokenizer. Raises `EvaluationError` where one cannot be loaded."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         with without_loading_bars():
-            loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
+            loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=False)
+            loaded = loaded.to(device).eval()
         if loaded.device.type == "cuda":
             torch.cuda.set_device(loaded.device)  # of which memory and time are asked
     except Exception as error:  # which it is, depends on versions

@@ -1,8 +1,10 @@
 """Answers that are kept as they come, so that a run that was stopped need not ask again."""
 
 import contextlib
+import fcntl
 import itertools
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -43,12 +45,15 @@ def answering(lm: Any, answers: Answers) -> Iterator[None]:
     """
     again = {question: itertools.cycle(given) for question, given in answers.items()}
 
+    def is_new(request: Any) -> bool:
+        return len(answers.get(question_of(request), ())) < request.repeats
+
     def answer(ask: Callable[[list[Any]], list[Any]], requests: list[Any]) -> list[Any]:
-        new = [request for request in requests if question_of(request) not in again]
+        new = [request for request in requests if is_new(request)]
         if lm.world_size > 1 and _anywhere(lm, bool(new)):
             return ask(requests)
         asked = iter(ask(new) if new else [])
-        return [next(again.get(question_of(request), asked)) for request in requests]
+        return [next(asked if is_new(request) else again[question_of(request)]) for request in requests]
 
     for method in METHODS:
         setattr(lm, method, partial(answer, getattr(lm, method)))
@@ -106,11 +111,22 @@ class KeptAnswers:
 
         found = {question: given for some in answers for question, given in some.items()}
         _write(self._done(task), found)
-        if path := self._on_shelf(task):
-            _write(path, {**_read(path, task), **found})
+        if self.shelf:
+            self._put_on_shelf(task, found)
         scores = {key: value for key, value in results.items() if key != "samples"}
         path = self.folder / f"{task.replace('/', '_')}.json"
         path.write_text(json.dumps(scores, indent=2, default=handle_non_serializable), encoding="utf-8")
+
+    def _put_on_shelf(self, task: str, found: Answers) -> None:
+        """Beside what is there. Runs of one baseline may do so at the same moment, and none of them ends with it."""
+        try:
+            with (self.shelf / ".lock").open("w") as lock:
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                path = self._on_shelf(task)
+                _write(path, {**_read(path, task), **found})
+        except OSError as error:
+            warnings.warn(f"answers to {task} are not kept for other runs ({error}).", stacklevel=2)
 
     def _done(self, task: str) -> Path:
         return Path(f"{self.cache(task)}_all.json")
@@ -120,13 +136,15 @@ class KeptAnswers:
 
 
 def _read(path: Path, task: str) -> Answers:
-    if not path.exists():
-        return {}
+    """Nothing where there is no such file, or one that was written by something else."""
     # JSON has made lists of the pairs of likelihood and whether the model would have said so.
-    return {
-        (task, *question): [tuple(answer) if isinstance(answer, list) else answer for answer in answers]
-        for *question, answers in json.loads(path.read_text(encoding="utf-8"))
-    }
+    try:
+        return {
+            (task, *question): [tuple(answer) if isinstance(answer, list) else answer for answer in answers]
+            for *question, answers in json.loads(path.read_text(encoding="utf-8"))
+        }
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def _write(path: Path, answers: Answers) -> None:

@@ -155,10 +155,11 @@ def plan_of(
     models: Mapping[str, str | Path], tasks: Sequence[str], local: str | Path | None, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """All that decides the answers, to know a stopped run by."""
+    revision = (options.get("model_args") or {}).get("revision")
     decisive = {key: value for key, value in options.items() if key not in ("batch_size", "device", "answers")}
     plan = {
         **{name: str(path) for name, path in models.items()},
-        **{f"files of {name}": files_of(path) for name, path in models.items()},
+        **{f"files of {name}": files_of(path, revision=revision) for name, path in models.items()},
         "tasks": list(tasks),
         "local": files_in(Path(local), ("*.jsonl", "*.txt")) if local else None,
         "versions": versions(),

@@ -42,7 +42,7 @@ def check_same_tokenizer(baseline: str | Path, model: str | Path) -> str:
 def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     """A model's tokenizer. Raises `EvaluationError` where there is none."""
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # what is raised where there is none differs by version
         raise EvaluationError(
             f"{model} has no tokenizer that can be loaded ({' '.join(str(error).split())[:200]})."

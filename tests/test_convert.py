@@ -174,16 +174,36 @@ def test_the_tokens_are_those_of_the_dense_model(tmp_path, family, legacy):
     assert (before.bos_token, before.eos_token) == (after.bos_token, after.eos_token) == ("<s>", "</s>")
 
 
-def test_a_tokenizers_code_is_not_run_whatever_is_answered(tmp_path, dense):
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("convert", "source", "out", "--calibrate", "text.txt"),
+        ("convert", "source", "out"),
+        ("eval", "source", "--local", "."),
+        ("inspect", "source", "text.txt"),
+    ],
+    ids=lambda command: " ".join(command[::2]),
+)
+def test_a_tokenizers_code_is_not_run_whatever_is_answered(tmp_path, dense, command):
     """transformers asks whether to, where nobody has said no."""
     source = shutil.copytree(dense, tmp_path / "source")
     config = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
     (source / "tokenizer_config.json").write_text(json.dumps(config))
     (source / "evil.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nclass Evil: pass")
     (tmp_path / "text.txt").write_text("There was a text. It was not long. " * 200)
-    command = [sys.executable, "-m", "finedeep_cli", "convert", "source", "out", "--calibrate", "text.txt"]
+    command = [sys.executable, "-m", "finedeep_cli", *command]
     subprocess.run(command, cwd=tmp_path, input="y\n" * 9, capture_output=True, text=True, timeout=120)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_that_is_a_riddle_costs_no_weights(tmp_path, dense, monkeypatch):
+    """As one of mistral-common, which lacks much of what others have."""
+    monkeypatch.setattr("finedeep.convert.tokenization._loaded", lambda folder: object())
+    with pytest.warns(UserWarning, match="was copied as it is"):
+        convert_checkpoint(dense, tmp_path / "out", num_expert_sublayers=1, progress=False)
+    monkeypatch.undo()
+    assert_same_logits(dense, tmp_path / "out")
+    assert (tmp_path / "out/tokenizer_config.json").exists()
 
 
 def test_no_foreign_code_is_named(tmp_path, dense):

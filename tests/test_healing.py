@@ -19,7 +19,7 @@ from finedeep.convert.healing import HEALING, HIDDEN_STATES, HealingOptions, Hea
 from finedeep.convert.healing_data import ANOTHER_SEED, healing_windows
 from finedeep.convert.receipt import RECEIPT
 from finedeep_cli import heal_command, main
-from hub_server import running_hub
+from hub_server import commit_id, running_hub
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
@@ -470,6 +470,7 @@ def test_models_of_the_hub(tmp_path, dense, cut):
         done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert not [path for _, path in hub.requests if path.endswith(".py")]
+    assert json.loads((tmp_path / "out" / HEALING).read_text())["teacher_revision"] == commit_id(0)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in cut.iterdir()} | {HEALING}
 
 

@@ -20,10 +20,13 @@ from conftest import byte_tokenizer, make_dense, random_model
 from finedeep.convert.card import make_card, read_comparison, read_scores
 from finedeep.eval import EvaluationError, cost, evaluate
 from finedeep.eval.harness import SUITE
+from finedeep.eval.identity import identity_of
+from finedeep.eval.kept import KeptAnswers
 from finedeep.eval.scores import scores_of
 from finedeep.eval.tokenization import check_same_tokenizer
 from finedeep_cli import main
 from hub_server import running_hub
+from isolated import FORKS
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 
@@ -291,6 +294,46 @@ def test_answers_stay_for_other_runs(tmp_path, capsys, dense, cut, converted, qu
     os.utime(dense / "model.safetensors", (1, 1))
     assert command(cut, *words) == 0
     assert asked["LlamaForCausalLM"] == 2 * once["LlamaForCausalLM"]
+
+
+def put(shelf, number):
+    kept = KeptAnswers(shelf.parent / f"work-{number}", ["task"], None, shelf)
+    for i in range(30):
+        kept._put_on_shelf("task", {("task", i, number, "hash"): [(-1.0, True)]})
+
+
+def test_several_runs_put_answers_on_a_shelf_at_once(tmp_path):
+    runs = [FORKS.Process(target=put, args=(tmp_path / "shelf", number)) for number in range(3)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join()
+        assert run.exitcode == 0
+    found = KeptAnswers(tmp_path / "work", ["task"], None, tmp_path / "shelf").answers("task")
+    assert found == {("task", i, number, "hash"): [(-1.0, True)] for i in range(30) for number in range(3)}
+    (tmp_path / "shelf/task.json").write_text('[["half')
+    assert KeptAnswers(tmp_path / "work", ["task"], None, tmp_path / "shelf").answers("task") == {}
+
+
+def test_more_answers_than_there_are_on_the_shelf(sampling, dense, asked):
+    """A question that is asked twice has two answers, not the same one twice."""
+    path = sampling / "a.yaml"
+    definition = yaml.safe_load(path.read_text())
+    how = {"include_path": sampling, "answers": sampling / "answers", "device": "cpu"}
+    for repeats in (1, 3, 3, 2):
+        path.write_text(json.dumps({**definition, "repeats": repeats}))
+        results = evaluate(dense, ["a"], **how)
+    assert asked.total() == 3 * 1 + 3 * 3
+    assert [len(sample["resps"][0]) for sample in results["samples"]["a"]] == [2, 2, 2]
+
+
+def test_an_adapter_that_changes_has_other_answers(tmp_path, dense):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    before = identity_of(dense, {"peft": str(tmp_path)})
+    assert before == identity_of(dense, {"peft": str(tmp_path)})
+    assert before != identity_of(dense, {})
+    (tmp_path / "adapter_config.json").write_text('{"r": 2}')
+    assert before != identity_of(dense, {"peft": str(tmp_path)})
 
 
 def test_a_shelf_that_cannot_be_made(tmp_path, capsys, dense, questions):
