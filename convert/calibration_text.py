@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import ConversionError
+from .tokenization import load_tokenizer
 
 SELF = "self"
 HELD_OUT = 1 / 16  # of the windows
@@ -54,7 +55,7 @@ def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase:
     try:
         if not any((folder / name).is_file() for name in VOCABULARIES):  # some versions make an empty one up
             raise FileNotFoundError(f"none of {', '.join(VOCABULARIES)}")
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return load_tokenizer(folder)
     except Exception as error:  # what is raised where there is none differs by version
         raise ConversionError(
             f"{folder} has no tokenizer that can be loaded ({' '.join(str(error).split())[:200]}); one beside the "

@@ -15,7 +15,16 @@ from .errors import ConversionError
 from .families import FAMILIES
 from .mapping import SUBLAYER, Piece, dense_shapes, family_config, pieces, some, targets
 from .neurons import FORMULAS, PADDING, Layer, assign, layer_generator
-from .plan import NOT_INHERITED, ROPE_FIELDS, check_tensors, finedeep_config, options_from
+from .plan import (
+    NOT_INHERITED,
+    ROPE_FIELDS,
+    Options,
+    check_layers,
+    check_tensors,
+    finedeep_config,
+    harmless,
+    options_from,
+)
 from .receipt import NEURONS, RECEIPT, read_neuron_table, read_receipt
 from .shards import Entry, FolderWriter, parse_size, plan_shards, write_index
 from .source import DenseCheckpoint, check_finedeep, open_checkpoint
@@ -35,7 +44,7 @@ DECISIVE = (
     *BEYOND_LLAMA,
     *("attention_bias", "attention_output_bias", "mlp_bias", "layer_types", "tie_word_embeddings"),
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-    *("head_dim", "hidden_act", "rms_norm_eps", "vocab_size", "max_position_embeddings"),
+    *("num_experts_per_sublayer", "head_dim", "hidden_act", "rms_norm_eps", "vocab_size", "max_position_embeddings"),
     *("rope_theta", "rope_scaling", "rope_parameters"),
 )
 # What may have been changed since, and comes along.
@@ -68,10 +77,22 @@ def export_checkpoint(
     held = open_checkpoint(source, check=check_finedeep)
     config = _finedeep_config(held)
     receipt = read_receipt(held.folder) if (held.folder / RECEIPT).is_file() else None
-    family_name, fields, neurons = _dense_form(held, config, receipt)
-    dense_config = family_config(family_name, fields)
+    family_name, fields, options = _dense_form(held, config, receipt)
     family = FAMILIES[family_name]
-    check_tensors(held, config, {t.name: t.shape for t in targets(family, dense_config, config, mode="split")})
+    try:
+        dense_config = family_config(family_name, harmless(fields))
+        wanted = {target.name: target.shape for target in targets(family, dense_config, config, mode="split")}
+    except ConversionError:
+        raise
+    except Exception as error:  # the fields are a stranger's
+        raise ConversionError(f"{held.folder} has no configuration that works: {_one_line(error)}") from error
+    check_tensors(held, config, wanted)
+    try:
+        neurons = _orders(held, config, options, dense_config.intermediate_size) if options is not None else None
+    except ConversionError:
+        raise
+    except Exception as error:
+        raise _no_receipt(held, error) from error
     _check_routers(held)
     shapes = dense_shapes(dense_config)
     where = pieces(family, dense_config, shapes)
@@ -112,11 +133,11 @@ def _architecture(family_name: str) -> str:
 
 def _finedeep_config(held: DenseCheckpoint) -> FinedeepConfig:
     path = held.folder / "config.json"
+    check_layers(held, held.config, path)
     try:
-        config = FinedeepConfig(**{k: v for k, v in held.config.items() if k not in ("model_type", "auto_map")})
+        config = FinedeepConfig(**harmless(held.config))
     except Exception as error:
-        message = " ".join(str(error).split())
-        raise ConversionError(f"{path} is not a Finedeep configuration that works: {message}") from error
+        raise ConversionError(f"{path} is not a Finedeep configuration that works: {_one_line(error)}") from error
     neutral = NEUTRAL_SCALE[config.routing_function](config.num_experts_per_sublayer)
     wanted = {"num_expert_sublayers": 1, "sublayer_output_norm": False, "routed_scaling_factor": neutral}
     for field, value in wanted.items():
@@ -139,23 +160,25 @@ def _check_routers(held: DenseCheckpoint) -> None:
 
 def _dense_form(
     held: DenseCheckpoint, config: FinedeepConfig, receipt: Mapping[str, Any] | None
-) -> tuple[str, dict[str, Any], list[torch.Tensor] | None]:
-    """The family, its configuration's fields, and for each layer the dense neuron of each of the model's (or None)."""
+) -> tuple[str, dict[str, Any], Options | None]:
+    """The family, its configuration's fields, and, where there is a receipt, the options of the conversion."""
     if receipt is not None:
         try:
-            options, fields = receipt["options"], dict(receipt["source"]["config"])
+            options, fields = options_from(receipt["options"]), dict(receipt["source"]["config"])
             family_name = receipt["source"]["model_type"]
             fields = {k: v for k, v in fields.items() if k not in ("architectures", "model_type")}
             if family_name not in FAMILIES:
                 raise ConversionError(f"{held.folder / RECEIPT} names the family {family_name!r}, which is not known.")
-            dense_config = family_config(family_name, fields)
-            _check_same(held, config, finedeep_config(dense_config, FAMILIES[family_name], options_from(options)))
-            orders = _orders(held, config, options, fields["intermediate_size"])
-        except (KeyError, TypeError) as error:
-            raise ConversionError(f"{held.folder / RECEIPT} lacks {error}; remove it to export without it.") from error
+            check_layers(held, fields, held.folder / RECEIPT)
+            dense_config = family_config(family_name, harmless(fields))
+            _check_same(held, config, finedeep_config(dense_config, FAMILIES[family_name], options))
+        except ConversionError:
+            raise
+        except Exception as error:  # the file may be a stranger's, and what a bad one raises differs by version
+            raise _no_receipt(held, error) from error
         now, before = config.to_dict(), dense_config.to_dict()
         fields |= {field: now[field] for field in CHANGEABLE if now.get(field) != before.get(field)}
-        return family_name, fields, orders
+        return family_name, fields, options
     for field, value in BEYOND_LLAMA.items():
         if getattr(config, field) != value:
             raise ConversionError(
@@ -180,13 +203,21 @@ def _check_same(held: DenseCheckpoint, config: FinedeepConfig, expected: Finedee
             )
 
 
-def _orders(
-    held: DenseCheckpoint, config: FinedeepConfig, options: Mapping[str, Any], width: int
-) -> list[torch.Tensor]:
-    layers, K = config.num_hidden_layers, options["num_experts_per_sublayer"]
-    name = options["assignment"]
+def _no_receipt(held: DenseCheckpoint, error: Exception) -> ConversionError:
+    what = f"lacks {error}" if isinstance(error, KeyError) else f"is no receipt that works ({_one_line(error)})"
+    return ConversionError(f"{held.folder / RECEIPT} {what}; remove it to export without it.")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]
+
+
+def _orders(held: DenseCheckpoint, config: FinedeepConfig, options: Options, width: int) -> list[torch.Tensor]:
+    """For each layer the dense neuron of each of the model's."""
+    layers, K = config.num_hidden_layers, options.num_experts_per_sublayer
+    name = options.assignment
     if name in FORMULAS:
-        shuffles = [layer_generator(options["seed"], i) for i in range(layers)]
+        shuffles = [layer_generator(options.seed, i) for i in range(layers)]
         # A formula reads no weight and measures nothing.
         reads = dict.fromkeys(("gate", "activity", "nonlinearity"))
         made = [assign(name, Layer(i, width, 1, K, shuffles[i], **reads)) for i in range(layers)]

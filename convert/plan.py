@@ -267,16 +267,9 @@ def _read_config(dense: DenseCheckpoint) -> tuple[str, PretrainedConfig, dict[st
     model_type = dense.config["model_type"]
     if dense.config.get("quantization_config"):
         raise ConversionError(f"{path} has a quantization_config; convert the unquantised checkpoint.")
-    layers = dense.config.get("num_hidden_layers")
-    if layers is not None and not (isinstance(layers, int) and 0 < layers <= len(dense.tensors)):
-        raise ConversionError(
-            f"{path} has num_hidden_layers {layers!r}; the checkpoint holds {len(dense.tensors)} tensors, and each "
-            "layer has several. Checkpoint and config do not belong together."
-        )
+    check_layers(dense, dense.config, path)
     try:
-        config = family_config(
-            model_type, {k: v for k, v in dense.config.items() if k not in NOT_INHERITED - {"intermediate_size"}}
-        )
+        config = family_config(model_type, harmless(dense.config))
         shapes = dense_shapes(config)
         pieces(FAMILIES[model_type], config, shapes)
     except ConversionError:
@@ -290,6 +283,21 @@ def _read_config(dense: DenseCheckpoint) -> tuple[str, PretrainedConfig, dict[st
             "cannot be converted."
         )
     return model_type, config, shapes
+
+
+def harmless(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a stranger's configuration without those of which transformers makes whatever they say."""
+    return {key: value for key, value in fields.items() if key not in NOT_INHERITED - {"intermediate_size"}}
+
+
+def check_layers(held: DenseCheckpoint, fields: Mapping[str, Any], path: Path) -> None:
+    """Raise `ConversionError` for a configuration of more layers than there can be, before anything is made of it."""
+    layers = fields.get("num_hidden_layers")
+    if layers is not None and not (isinstance(layers, int) and 0 < layers <= len(held.tensors)):
+        raise ConversionError(
+            f"{path} has num_hidden_layers {layers!r}; the checkpoint holds {len(held.tensors)} tensors, and each "
+            "layer has several. Checkpoint and config do not belong together."
+        )
 
 
 def _check_numbers(config: FinedeepConfig) -> None:

@@ -1,18 +1,23 @@
 """Whether two tokenizers give the same tokens, and that a converted model's gives what its dense model's did."""
 
 import json
+import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .source import TOKENIZER_CONFIG, read_json
+from .source import COMPANIONS, TOKENIZER_CONFIG, read_json
 from .whole_file import write_whole
 
 # What tokenizers like to differ in: spaces, case, digits, accents, other scripts, line ends, how a text begins, ...
 PROBE = "Once upon a time, in 2024 - naïve Ünïcode; 東京 и Москва!\n\n  def f(x): return x ** 2\t# 3.14159"
 BEGINNINGS = ("", " ", " = ", "\n", "\t")
 MOST_SPECIAL = 16
+# What AutoTokenizer may want of config.json.
+WANTED = ("model_type", "tokenizer_class", "transformers_version")
 AS_THE_FILE = {"TokenizersBackend": "PreTrainedTokenizerFast"}  # the name that transformers 4 knows too
 
 
@@ -61,8 +66,33 @@ def _keep_tokens(source: Path, folder: Path) -> None:
         )
 
 
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """AutoTokenizer's for a stranger's folder: no code is run, and config.json takes no more than its size.
+
+    Raises whatever transformers raises where there is none; it differs by version.
+    """
+    with _alone(folder) as alone:
+        return AutoTokenizer.from_pretrained(alone, trust_remote_code=False)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[Path]:
+    """A folder with a checkpoint's tokenizer, and of its config.json what says which.
+
+    transformers would make a configuration of it all, with a dictionary of as many labels as it says there are.
+    """
+    with tempfile.TemporaryDirectory(prefix="finedeep-tokenizer-") as place:
+        alone = Path(place)
+        for file in {file for pattern in COMPANIONS for file in folder.glob(pattern)}:
+            (alone / file.name).symlink_to(file.resolve())
+        config = read_json(folder / "config.json", "the model's configuration")
+        said = {field: config[field] for field in WANTED if isinstance(config.get(field), str)}
+        (alone / "config.json").write_text(json.dumps(said), encoding="utf-8")
+        yield alone
+
+
 def _loaded(folder: Path) -> PreTrainedTokenizerBase | None:
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return load_tokenizer(folder)
     except Exception:  # what is raised where there is none differs by version
         return None

@@ -1,8 +1,12 @@
-"""Checkpoints of strangers: refused in one line, or converted correctly. Never a traceback, a hang or a stray file."""
+"""Checkpoints of strangers: refused in one line, or converted correctly.
+
+Never a traceback, a hang, a stray file, or memory that a small file asks for.
+"""
 
 import json
 import math
 import os
+import resource
 import shutil
 import struct
 import tempfile
@@ -12,7 +16,8 @@ import pytest
 import torch
 import transformers
 from conftest import make_dense
-from finedeep.convert import ConversionError, convert_checkpoint
+from finedeep.convert import ConversionError, convert_checkpoint, export_checkpoint
+from finedeep.convert.receipt import RECEIPT
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -37,6 +42,16 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=5,
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bounded_memory():
+    """So that a test fails, and not the machine."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + 4 * 2**30, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @pytest.fixture(scope="module")
@@ -250,3 +265,50 @@ def test_pickles_beside_safetensors_are_never_opened(original):
 
     assert outcome(original, damage) is None
     assert not Path("/tmp/finedeep-was-here").exists()
+
+
+@pytest.fixture(scope="module")
+def exact(original, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hostile") / "exact"
+    convert_checkpoint(original, folder, num_expert_sublayers=1, progress=False)
+    return folder
+
+
+def at(content, keys, value):
+    """A copy of nested dictionaries with another value at one place."""
+    return {**content, keys[0]: at(content[keys[0]], keys[1:], value) if keys[1:] else value}
+
+
+OPTIONS = "num_expert_sublayers num_experts_per_sublayer mode assignment seed routing_function dtype".split()
+PLACES = st.sampled_from(
+    [("options",), ("source",), ("source", "config"), ("source", "model_type")]
+    + [("options", name) for name in OPTIONS]
+    + [("source", "config", name) for name in CONFIG_FIELDS]
+)
+
+
+@PROPERTY
+@given(file=st.sampled_from(["config.json", RECEIPT, "both"]), keys=PLACES, value=JSON)
+@example(file="both", keys=("source", "config", "num_hidden_layers"), value=10**6)
+@example(file="both", keys=("source", "config", "intermediate_size"), value=2**40)
+@example(file="both", keys=("source", "config", "num_labels"), value=10**12)
+@example(file=RECEIPT, keys=("options", "num_experts_per_sublayer"), value=2**40)
+@example(file=RECEIPT, keys=("options", "seed"), value="0")
+def test_what_is_exported(exact, file, keys, value):
+    """Configuration, receipt, or both in the same way."""
+    with tempfile.TemporaryDirectory() as place:
+        place = Path(place)
+        source = shutil.copytree(exact, place / "source")
+        places = {"config.json": keys[-1:], RECEIPT: keys}
+        for name in places if file == "both" else [file]:
+            write_json(name, at(json.loads((source / name).read_text()), places[name], value))(source)
+        before = fingerprint(place)
+        refusal = ""
+        try:
+            export_checkpoint(source, place / "out", progress=False)
+        except ConversionError as error:
+            refusal = str(error)
+        after = {name: found for name, found in fingerprint(place).items() if not name.startswith("out/")}
+        assert after == before
+        assert len(refusal) < 2000
+        assert (place / "out").exists() == (not refusal)
