@@ -18,6 +18,7 @@ from finedeep.convert.destination import alone
 from finedeep.convert.healing import HEALING, HIDDEN_STATES, HealingOptions, HealingTrainer, heal, hidden_state_distance
 from finedeep.convert.healing_data import ANOTHER_SEED, healing_windows
 from finedeep.convert.receipt import RECEIPT
+from finedeep.modeling_finedeep import FinedeepDecoderLayer
 from finedeep_cli import heal_command, main
 from hub_server import commit_id, running_hub
 from safetensors.torch import load_file
@@ -90,12 +91,13 @@ def test_hidden_states_pull_less_and_less_and_only_in_training(tmp_path, dense, 
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * distance.item())
 
 
-def test_hidden_states_that_checkpointing_cuts_off(tmp_path, dense, cut):
+def test_hidden_states_that_checkpointing_cuts_off(tmp_path, dense, cut, monkeypatch):
     """What versions of transformers that checkpoint a whole layer, with use_reentrant=True, return."""
     student, teacher = FinedeepForCausalLM.from_pretrained(cut), LlamaForCausalLM.from_pretrained(dense)
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     trainer = HealingTrainer(teacher=teacher, divergence=1.0, hidden_states=1.0, model=student, args=arguments)
-    student.model.layers[0].register_forward_hook(lambda _, __, output: output.detach())
+    usual = FinedeepDecoderLayer.forward
+    monkeypatch.setattr(FinedeepDecoderLayer, "forward", lambda *given, **named: usual(*given, **named).detach())
     student.model.embed_tokens.requires_grad_(False)
     with pytest.raises(ConversionError, match="use_reentrant=true cuts hidden states off"):
         trainer.compute_loss(student.train(), {"input_ids": torch.arange(40).view(2, 20)})
