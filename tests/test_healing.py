@@ -324,16 +324,29 @@ FSDP2 = (
 )
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, pytest.param(FSDP2, marks=pytest.mark.slow)], ids=["ddp", "fsdp2"])
+ZERO3 = (
+    "accelerate.commands.launch",
+    "--config_file",
+    str(TESTS.parent / "examples/launch/zero3.yaml"),
+    "--num_processes=2",
+    "--mixed_precision=no",
+    str(TESTS / "processes/healed_zero3.py"),
+)
+LAUNCHERS = [TORCHRUN, pytest.param(FSDP2, marks=pytest.mark.slow), pytest.param(ZERO3, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS, ids=["ddp", "fsdp2", "zero3"])
 def test_two_processes(tmp_path, dense, cut, launcher):
     """By the launcher: each process samples its share and sees its half of every batch, and one folder is written."""
+    if launcher is ZERO3:
+        pytest.importorskip("deepspeed")
     data = {"tokens": 32_800, "context": 8}  # 1,025 texts, in three batches
     words = [sys.executable, "-m", *launcher]
     words += ["heal", str(cut), str(tmp_path / "two"), "--teacher", str(dense), "--batch-size", "2", "--quiet"]
     words += ["--tokens", str(data["tokens"]), "--context", str(data["context"]), "--steps", "6"]
     quicker = {"per_device_eval_batch_size": 64}  # the 256 windows held out are a multiple
     words += ["--set", "per_device_eval_batch_size=64"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     receipt = json.loads((tmp_path / "two" / HEALING).read_text())
