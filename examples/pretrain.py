@@ -200,13 +200,14 @@ class RatedTrainer(Trainer):
         super().__init__(**arguments)
         self.rates = rates
 
-    def create_optimizer(self, model: PreTrainedModel | None = None) -> torch.optim.Optimizer:
-        """Transformers' own, with more groups."""
+    def create_optimizer(self, *model: PreTrainedModel) -> torch.optim.Optimizer:
+        """Transformers' own, with more groups. The model is an argument in some versions, and may be another one."""
         if self.optimizer is not None:
             return self.optimizer
-        optimizer = super().create_optimizer(model)
+        optimizer = super().create_optimizer(*model)
+        trained = next(filter(None, model), self.model)
         for name, factor in self.rates.items():
-            own = {id(parameter) for parameter in named(self.model if model is None else model, name)}
+            own = {id(parameter) for parameter in named(trained, name)}
             for group in list(optimizer.param_groups):
                 moved = [parameter for parameter in group["params"] if id(parameter) in own]
                 if moved:
