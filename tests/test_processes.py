@@ -9,6 +9,7 @@ import sys
 import finedeep
 import pytest
 import torch
+import transformers
 import yaml
 from conftest import TINY
 from finedeep import FinedeepConfig, FinedeepForCausalLM
@@ -85,6 +86,9 @@ def tasks(tmp_path):
 
 
 def test_scoring_goes_on_with_another_number_of_processes(tmp_path, monkeypatch, dense, tasks):
+    if transformers.__version__ < "5":
+        pytest.skip("without a GPU the harness names the device cpu:0, which transformers 4 has no weights loaded onto")
+
     def stop(line):
         if line.startswith("[2/3]"):
             raise KeyboardInterrupt
