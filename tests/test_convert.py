@@ -178,9 +178,9 @@ def test_the_tokens_are_those_of_the_dense_model(tmp_path, family, legacy):
     "command",
     [
         ("convert", "source", "out", "--calibrate", "text.txt"),
-        ("convert", "source", "out"),
+        pytest.param(("convert", "source", "out"), marks=pytest.mark.slow),
         ("eval", "source", "--local", "."),
-        ("inspect", "source", "text.txt"),
+        pytest.param(("inspect", "source", "text.txt"), marks=pytest.mark.slow),
     ],
     ids=lambda command: " ".join(command[::2]),
 )

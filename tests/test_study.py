@@ -352,6 +352,7 @@ print(json.dumps(plan_of({"dense": "org/dense"}, [], None, {})))
 """
 
 
+@pytest.mark.slow  # three processes
 def test_a_hub_model_that_changes_makes_another_run(tmp_path):
     """Over real HTTP. Of a Hub id a run keeps the commit, though the id is the same."""
 
