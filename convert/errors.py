@@ -1,4 +1,4 @@
-"""The one error that a conversion reports to its user, and a check that many options need."""
+"""The one error that a conversion reports to its user, a check that many options need, and others' errors in a line."""
 
 
 class ConversionError(ValueError):
@@ -9,3 +9,8 @@ def check_whole_number(field: str, value: object, least: int) -> None:
     """Raise `ConversionError` unless `value` is an integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConversionError(f"{field}={value!r} is not a whole number of at least {least}.")
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, as a part of a sentence."""
+    return " ".join(str(error).split())[:500]

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ..configuration_finedeep import NEUTRAL_SCALE, FinedeepConfig
 from .destination import check_free, check_room, whole_folder
-from .errors import ConversionError
+from .errors import ConversionError, one_line
 from .families import FAMILIES
 from .mapping import SUBLAYER, Piece, dense_shapes, family_config, pieces, some, targets
 from .neurons import FORMULAS, PADDING, Layer, assign, layer_generator
@@ -85,7 +85,7 @@ def export_checkpoint(
     except ConversionError:
         raise
     except Exception as error:  # the fields are a stranger's
-        raise ConversionError(f"{held.folder} has no configuration that works: {_one_line(error)}") from error
+        raise ConversionError(f"{held.folder} has no configuration that works: {one_line(error)}") from error
     check_tensors(held, config, wanted)
     try:
         neurons = _orders(held, config, options, dense_config.intermediate_size) if options is not None else None
@@ -137,7 +137,7 @@ def _finedeep_config(held: DenseCheckpoint) -> FinedeepConfig:
     try:
         config = FinedeepConfig(**harmless(held.config))
     except Exception as error:
-        raise ConversionError(f"{path} is not a Finedeep configuration that works: {_one_line(error)}") from error
+        raise ConversionError(f"{path} is not a Finedeep configuration that works: {one_line(error)}") from error
     neutral = NEUTRAL_SCALE[config.routing_function](config.num_experts_per_sublayer)
     wanted = {"num_expert_sublayers": 1, "sublayer_output_norm": False, "routed_scaling_factor": neutral}
     for field, value in wanted.items():
@@ -204,12 +204,8 @@ def _check_same(held: DenseCheckpoint, config: FinedeepConfig, expected: Finedee
 
 
 def _no_receipt(held: DenseCheckpoint, error: Exception) -> ConversionError:
-    what = f"lacks {error}" if isinstance(error, KeyError) else f"is no receipt that works ({_one_line(error)})"
+    what = f"lacks {error}" if isinstance(error, KeyError) else f"is no receipt that works ({one_line(error)})"
     return ConversionError(f"{held.folder / RECEIPT} {what}; remove it to export without it.")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500]
 
 
 def _orders(held: DenseCheckpoint, config: FinedeepConfig, options: Options, width: int) -> list[torch.Tensor]:

@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, PretrainedConfig
 
 from ..configuration_finedeep import FinedeepConfig
-from .errors import ConversionError, check_whole_number
+from .errors import ConversionError, check_whole_number, one_line
 from .families import FAMILIES, Family
 from .hashing import sha256
 from .mapping import RECOMPUTED, Target, dense_shapes, family_config, pieces, some, targets
@@ -229,7 +229,7 @@ def make_plan(dense: DenseCheckpoint, options: Options) -> Plan:
     except ConversionError:
         raise
     except Exception as error:  # as above: the fields are a stranger's
-        raise ConversionError(_one_line(error)) from error
+        raise ConversionError(one_line(error)) from error
     entries = [
         Entry(target.name, target.shape, CAST[options.dtype] or dense.tensors[target.piece.stored].dtype)
         for target in found
@@ -275,7 +275,7 @@ def _read_config(dense: DenseCheckpoint) -> tuple[str, PretrainedConfig, dict[st
     except ConversionError:
         raise
     except Exception as error:  # the file is a stranger's, and what a bad one raises differs by version
-        raise ConversionError(f"{path} is not a {model_type} configuration that works: {_one_line(error)}") from error
+        raise ConversionError(f"{path} is not a {model_type} configuration that works: {one_line(error)}") from error
     rope = getattr(config, "rope_parameters", None) or dense.config
     if rope.get("partial_rotary_factor", 1.0) not in (1.0, None):
         raise ConversionError(
@@ -306,10 +306,6 @@ def _check_numbers(config: FinedeepConfig) -> None:
         value = getattr(config, field)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ConversionError(f"config.json has {field}={value!r}; a number is wanted.")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500]
 
 
 def check_tensors(dense: DenseCheckpoint, config: PretrainedConfig, wanted: Mapping[str, tuple[int, ...]]) -> None:
