@@ -2,7 +2,7 @@
 # make test   lint and tests (about eight minutes on two cores)
 # make test-matrix   the tests in every supported version of transformers (half an hour)
 # make bench   speed and memory beside dense Llama, into benchmarks/ (most of an hour; leave the machine alone)
-# Each makes its own .venv with pinned versions first. PYTHON chooses the interpreter, 3.10 or newer.
+# Each makes its own .venv with pinned versions first. PYTHON chooses the interpreter, 3.11 or newer.
 
 PYTHON ?= python3
 VENV := .venv

@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 HOME = ROOT / ".matrix"
-VERSIONS = ["4.57.6", "5.0.0", "5.10.4", "5.23.0"]
+VERSIONS = ["4.57.6", "5.0.0", "5.10.4", "5.23.0", "5.24.0"]
 # Each version of transformers brings its own of these; everything else is as constraints.txt has it.
 NOT_PINNED = ("transformers", "huggingface_hub", "tokenizers", "typer", "datasets", "fsspec")
 
