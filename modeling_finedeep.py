@@ -26,22 +26,21 @@ With d the hidden size and e the expert width, one decoder layer computes
 Llama, and from Qwen3 what it adds to Llama's attention, norms of queries and keys and sliding windows.
 """
 
+import inspect
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast, MoeCausalLMOutputWithPast
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
     LlamaForCausalLM,
-    LlamaModel,
     LlamaPreTrainedModel,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
@@ -465,8 +464,22 @@ class FinedeepPreTrainedModel(LlamaPreTrainedModel):  # trf-ignore: TRF057
             nn.init.constant_(module.weight, module.initial_weight)
 
 
+def scale_embeddings(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Embeddings times the config's `embedding_multiplier`, whoever made them, on their way into `model.forward`.
+
+    A hook, and not a `forward` around the inherited one, whose source engines and tracers read.
+    """
+    given = dict(zip(inspect.signature(type(model).forward).parameters, (model, *args), strict=False)) | kwargs
+    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    if (ids is None) == (embeds is None):
+        return args, kwargs  # the model says what is wrong
+    embeds = model.embed_tokens(ids) if embeds is None else embeds
+    del given["self"]
+    return (), given | {"input_ids": None, "inputs_embeds": embeds * model.config.embedding_multiplier}
+
+
 class FinedeepModel(FinedeepPreTrainedModel, Qwen3Model):  # trf-ignore: TRF057
-    """The decoder without a head. `forward` is Llama's or, where some layers have a window, Qwen3's."""
+    """The decoder without a head; its `forward` is Qwen3's."""
 
     def __init__(self, config: FinedeepConfig):
         super(Qwen3Model, self).__init__(config)  # not Qwen3's own: it would build dense layers
@@ -478,27 +491,10 @@ class FinedeepModel(FinedeepPreTrainedModel, Qwen3Model):  # trf-ignore: TRF057
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.has_sliding_layers = "sliding_attention" in config.layer_types
         self.gradient_checkpointing = False
-        self.post_init()
-
-    def forward(  # trf-ignore: TRF057
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPast:
-        """The inherited forward, on embeddings times the config's `embedding_multiplier`, whoever made them."""
         # CODEPATH: Granite scales its embeddings.
-        if self.config.embedding_multiplier != 1 and (input_ids is None) != (inputs_embeds is None):
-            embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-            input_ids, inputs_embeds = None, embeds * self.config.embedding_multiplier
-        decoder = Qwen3Model if self.has_sliding_layers else LlamaModel
-        # `generate` makes a mask for each type of layer, and Llama's forward knows of one type only.
-        if decoder is LlamaModel and isinstance(attention_mask, dict):
-            attention_mask = attention_mask["full_attention"]
-        return decoder.forward(self, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **kwargs)
+        if config.embedding_multiplier != 1:
+            self.register_forward_pre_hook(scale_embeddings, with_kwargs=True)
+        self.post_init()
 
 
 class FinedeepForCausalLM(FinedeepPreTrainedModel, LlamaForCausalLM):  # trf-ignore: TRF057
@@ -517,7 +513,6 @@ class FinedeepForCausalLM(FinedeepPreTrainedModel, LlamaForCausalLM):  # trf-ign
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -535,7 +530,6 @@ class FinedeepForCausalLM(FinedeepPreTrainedModel, LlamaForCausalLM):  # trf-ign
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_logits=self.config.output_router_logits
@@ -550,14 +544,11 @@ class FinedeepForCausalLM(FinedeepPreTrainedModel, LlamaForCausalLM):  # trf-ign
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return MoeCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.get("router_logits"),
-        )
+        output = MoeCausalLMOutputWithPast(loss=loss, logits=logits)
+        for name, value in outputs.items():  # whatever they are called in the version that runs
+            if name != "last_hidden_state":
+                output[name] = value
+        return output
 
 
 # The generic heads build their decoder with AutoModel.from_config, which cannot name remote code. Their constructors
