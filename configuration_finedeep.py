@@ -1,16 +1,4 @@
-# Copyright 2026 The Finedeep contributors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0  # trf-ignore: TRF028
 """What a Finedeep model is: a Llama configuration plus the shape of the expert sub-layers.
 
 What other families of dense models have in their attention, beyond Llama, are fields too, under the names that those
@@ -18,16 +6,28 @@ families' configurations have in transformers wherever there is one.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
+import torch
 from transformers import LlamaConfig, Qwen3Config
 
-# For each gate function, the scale at which a zero router gives every expert the weight exactly 1.
-NEUTRAL_SCALE = {
-    "sigmoid": lambda num_experts: 2.0,
-    "softmax": lambda num_experts: float(num_experts),
+
+class RoutingFunction(NamedTuple):
+    """How scores s (batch, seq, K) become gates, before the factor c."""
+
+    gates: Callable[[Any], Any]
+    neutral_scale: Callable[[int], float]
+    """Of K, the c with which a zero router gives every expert the weight exactly 1."""
+
+
+# To add one, add an entry; tests take it from here.
+ROUTING_FUNCTIONS = {
+    "sigmoid": RoutingFunction(torch.sigmoid, lambda num_experts: 2.0),
+    "softmax": RoutingFunction(partial(torch.softmax, dim=-1), float),
 }
-ROUTING = {"routing_input": ("expert_output", "hidden_state"), "routing_function": tuple(NEUTRAL_SCALE)}
+ROUTING = {"routing_input": ("expert_output", "hidden_state"), "routing_function": tuple(ROUTING_FUNCTIONS)}
 # Fields with a value for each layer, and the values that there are.
 PER_LAYER: dict[str, tuple[Any, ...]] = {
     "layer_types": ("full_attention", "sliding_attention"),
@@ -143,7 +143,7 @@ class FinedeepConfig(LlamaConfig):  # trf-ignore: TRF057
         self.routing_input = routing_input
         self.routing_function = routing_function
         if routed_scaling_factor is None:
-            routed_scaling_factor = NEUTRAL_SCALE[routing_function](num_experts_per_sublayer)
+            routed_scaling_factor = ROUTING_FUNCTIONS[routing_function].neutral_scale(num_experts_per_sublayer)
         self.routed_scaling_factor = _positive_float("routed_scaling_factor", routed_scaling_factor)
         self.router_initializer_range = _deviation("router_initializer_range", router_initializer_range)
         self.sublayer_output_norm = _boolean("sublayer_output_norm", sublayer_output_norm)

@@ -17,7 +17,7 @@ from ..modeling_finedeep import FinedeepSublayer
 from .models import DTYPES, ExpertLoop, Shape, config_of, randomise_routers
 from .timing import Work, interleaved, let_go
 
-BLOCKS = ("dense", "finedeep", "loop", "per_expert", "one_gemm")
+BLOCKS = ("dense", "finedeep", "loop", "definition", "one_product")
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,12 @@ def build_block(kind: str, block: Block, device: str) -> nn.Module:
         for sublayer in sublayers:
             randomise_routers(sublayer)
             if kind in FORCED:
-                sublayer.per_expert_max_tokens = FORCED[kind]
+                sublayer.definition_max_tokens = FORCED[kind]
         module = SublayerBlock([ExpertLoop(s) for s in sublayers] if kind == "loop" else sublayers)
     return module.to(device=device, dtype=DTYPES[block.dtype])
 
 
-FORCED = {"per_expert": 2**62, "one_gemm": 0}  # the tokens up to which a sub-layer computes every E_k
+FORCED = {"definition": 2**62, "one_product": 0}  # the tokens up to which a sub-layer computes every E_k
 
 
 def run_block(block: Block, kinds: tuple[str, ...], seconds: float, device: str) -> dict[str, list[float]]:

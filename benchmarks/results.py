@@ -215,7 +215,7 @@ def plot(content: dict, path: Path) -> None:
     pyplot.close(figure)
 
 
-KINDS = {"finedeep": "Finedeep", "loop": "loop", "per_expert": "`per_expert`", "one_gemm": "`one_gemm`"}
+KINDS = {"finedeep": "Finedeep", "loop": "loop", "definition": "`definition`", "one_product": "`one_product`"}
 
 
 def machine_line(content: dict) -> str:

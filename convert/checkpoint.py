@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .. import configuration_finedeep, modeling_finedeep
+from .. import modeling_finedeep
 from .calibration import Calibration, LayerErrors, best_device
 from .destination import DIFFERENCES, check_free, check_room, whole_folder
 from .errors import ConversionError
@@ -29,7 +29,7 @@ from .tensors import made
 from .tokenization import keep_tokens
 from .whole_file import write_whole
 
-CODE_FILES = (Path(configuration_finedeep.__file__), Path(modeling_finedeep.__file__))
+CODE_FILES = tuple(sorted(Path(modeling_finedeep.__file__).parent.glob("*_finedeep.py")))
 SMALL_FILES = 50 * 10**6  # a generous share of the disk for tokenizer, code and configuration
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..configuration_finedeep import NEUTRAL_SCALE, FinedeepConfig
+from ..configuration_finedeep import ROUTING_FUNCTIONS, FinedeepConfig
 from .destination import check_free, check_room, whole_folder
 from .errors import ConversionError, one_line
 from .families import FAMILIES
@@ -138,7 +138,7 @@ def _finedeep_config(held: DenseCheckpoint) -> FinedeepConfig:
         config = FinedeepConfig(**harmless(held.config))
     except Exception as error:
         raise ConversionError(f"{path} is not a Finedeep configuration that works: {one_line(error)}") from error
-    neutral = NEUTRAL_SCALE[config.routing_function](config.num_experts_per_sublayer)
+    neutral = ROUTING_FUNCTIONS[config.routing_function].neutral_scale(config.num_experts_per_sublayer)
     wanted = {"num_expert_sublayers": 1, "sublayer_output_norm": False, "routed_scaling_factor": neutral}
     for field, value in wanted.items():
         if getattr(config, field) != value:

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..modeling_finedeep import FinedeepSublayer, expert_outputs
+from ..modeling_finedeep import FinedeepSublayer
+from ..operators_finedeep import expert_outputs
 from .errors import EvaluationError
 
 THRESHOLDS = (0.01, 0.03, 0.1, 0.3, 1.0)

@@ -65,15 +65,15 @@ def test_blocks_agree_and_can_be_forced():
     h = torch.randn(1, 40, 64)
     built = {kind: growth.build_block(kind, block, "cpu") for kind in growth.BLOCKS}
     outputs = {kind: module(h) for kind, module in built.items()}
-    for kind in ("loop", "per_expert", "one_gemm"):
+    for kind in ("loop", "definition", "one_product"):
         torch.testing.assert_close(outputs[kind], outputs["finedeep"], rtol=1e-4, atol=1e-5)
     calls = []
-    for kind in ("per_expert", "one_gemm"):
+    for kind in ("definition", "one_product"):
         sublayer = built[kind].sublayers[0]
         original = getattr(sublayer, kind)
         setattr(sublayer, kind, lambda *args, kind=kind, original=original: calls.append(kind) or original(*args))
         built[kind](h)
-    assert calls == ["per_expert", "one_gemm"]
+    assert calls == ["definition", "one_product"]
     taken = growth.run_block(growth.Block("d", tokens=4, hidden_size=64, backward=True), growth.BLOCKS[:3], 0, "cpu")
     assert set(taken) == {"dense", "finedeep", "loop"}
 

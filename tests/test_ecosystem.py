@@ -63,7 +63,7 @@ def test_compiles_as_one_graph_without_a_new_one_for_each_length(ids):
 @pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="this torch does not say when it exports")
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_graph_is_of_any_length(ids, strict):
-    """Both below and above `per_expert_max_tokens`, between which the model itself changes its form."""
+    """Both below and above `definition_max_tokens`, between which the model itself changes its form."""
     model, lengths = random_model(), (5, 60)
     where = {"input_ids": {1: torch.export.Dim("seq", min=2, max=100)}}
     with torch.no_grad():
@@ -130,7 +130,12 @@ def test_every_head_saves_itself_whole(saved_again, head):
     found = saved_again[head]
     assert found["equal"]
     assert found["missing"] == []
-    assert found["code"] == ["configuration_finedeep.py", "modeling_finedeep.py"]
+    assert found["code"] == [
+        "configuration_finedeep.py",
+        "kernels_finedeep.py",
+        "modeling_finedeep.py",
+        "operators_finedeep.py",
+    ]
     assert found["auto_map"]["AutoModelForCausalLM"] == "modeling_finedeep.FinedeepForCausalLM"
     assert len(found["auto_map"]) == 6
 

@@ -81,10 +81,19 @@ def parametrized(linear):
     return linear
 
 
-def replaced_forward(linear):
-    forward = linear.forward
-    linear.forward = lambda x: 2 * forward(x)
-    return linear
+def float8(linear):
+    training = pytest.importorskip("torchao.float8")
+    holder = nn.Sequential(linear)
+    training.convert_to_float8_training(holder, config=training.Float8LinearConfig(emulate=True))
+    assert type(holder[0]) is not nn.Linear
+    return holder[0]
+
+
+def int8_activations(linear):
+    quantization = pytest.importorskip("torchao.quantization")
+    holder = nn.Sequential(linear)
+    quantization.quantize_(holder, quantization.Int8DynamicActivationInt8WeightConfig())
+    return holder[0]
 
 
 STAND_INS = {
@@ -99,10 +108,18 @@ STAND_INS = {
     "offload": offloaded,
     "pruning": pruned,
     "parametrization": parametrized,
-    "replaced forward": replaced_forward,
+    "LoRA with a bias": functools.partial(lora, lora_bias=True),
+    "float8 training": float8,
+    "torchao int8 activations": int8_activations,
 }
-# LLM.int8 and dynamic int8 also round what goes in, so that no matrix gives exactly what they give
-ROUNDS_INPUT = {"bitsandbytes int8": 0.05, "torch dynamic int8": 0.05}
+# These also round what goes in, so that no matrix gives exactly what they give.
+ROUNDS_INPUT = {
+    "bitsandbytes int8": 0.05,
+    "torch dynamic int8": 0.05,
+    "torchao int8 activations": 0.05,
+    "float8 training": 0.15,
+}
+NO_GRADIENT = ("torch dynamic int8", "torchao int8 activations")
 
 
 @pytest.mark.parametrize("tokens", [3, 5 * E, 60], ids=lambda tokens: f"{tokens} tokens")
@@ -113,40 +130,84 @@ def test_scores_follow_what_stands_in(name, grad, tokens):
     config, layer = sublayer()
     layer.down_proj = STAND_INS[name](layer.down_proj)
     with torch.no_grad():
-        W = layer.down_proj(torch.eye(K * E)).T
+        b = layer.down_proj(torch.zeros(1, K * E))[0]
+        W = (layer.down_proj(torch.eye(K * E)) - b).T
     parameters = {name: p.detach() for name, p in layer.named_parameters() if "down_proj" not in name}
     router = parameters["router"].clone().requires_grad_()
     h = torch.randn(tokens, HIDDEN)
-    expected = reference.sublayer(h, {**parameters, "router": router, "down_proj.weight": W}, config)
+    expected = reference.sublayer(h, {**parameters, "router": router, "down_proj.weight": W}, config) + b
     with torch.set_grad_enabled(grad):
         found, g = layer(h[None])
     tolerance = ROUNDS_INPUT.get(name, 1e-4) * expected.abs().max().item()
     assert g.shape == (1, tokens, K)
     assert (found[0] - expected).abs().max() < tolerance
-    if grad and name != "torch dynamic int8":  # which has no gradient
+    if grad and name not in NO_GRADIENT:
         direction = torch.randn(tokens, HIDDEN)
         (wanted,) = torch.autograd.grad(expected, router, direction)
         (gradient,) = torch.autograd.grad(found[0], layer.router, direction)
         assert (gradient - wanted).abs().max() < ROUNDS_INPUT.get(name, 1e-4) * wanted.abs().max()
 
 
-@pytest.mark.parametrize("tokens", [3, 60])
-def test_an_observer_sees_each_activation_once_and_the_output_that_is_used(tokens):
-    """A forward hook (calibration, steering) on `down_proj` meets gated activations, and what it returns is used."""
+def steer(x):
+    return x + torch.linspace(-1, 1, x.shape[-1])
+
+
+def forward_hook(linear, see, change):
+    def hook(module, inputs, output):
+        see(inputs[0])
+        return change(output)
+
+    linear.register_forward_hook(hook)
+
+
+def forward_pre_hook(linear, see, change):
+    def hook(module, inputs):
+        see(inputs[0])
+        return (change(inputs[0]),)
+
+    linear.register_forward_pre_hook(hook)
+
+
+def forward_of_the_instance(linear, see, change):
+    def forward(x, old=linear.forward):
+        see(x)
+        return change(old(x))
+
+    linear.forward = forward
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+@pytest.mark.parametrize("tokens", [1, 3, 60])
+@pytest.mark.parametrize("watch", [forward_hook, forward_pre_hook, forward_of_the_instance])
+def test_who_watches_sees_each_tokens_weighted_activations_once(watch, tokens, grad):
+    """As on a Llama. What is changed is changed for the sum over experts; scores are read from the weight."""
+    config, layer = sublayer()
+    h, seen, W = torch.randn(1, tokens, HIDDEN), [], layer.down_proj.weight.detach()
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+    expected = reference.sublayer(h[0], parameters, config)
+    watch(layer.down_proj, seen.append, steer)
+    with torch.set_grad_enabled(grad):
+        found = layer(h)[0][0]
+    assert [x.shape for x in seen] == [(1, tokens, K * E)]
+    torch.testing.assert_close(seen[0][0] @ W.T, expected, rtol=1e-4, atol=1e-5)
+    steered = steer(seen[0][0]) @ W.T if watch is forward_pre_hook else steer(expected)
+    torch.testing.assert_close(found, steered, rtol=1e-4, atol=1e-4)
+
+
+def test_a_hook_that_only_moves_tensors_leaves_the_weight_readable():
+    """`device_map` over several devices hooks every leaf, those that stay where they are too."""
+    accelerate = pytest.importorskip("accelerate")
     _, layer = sublayer()
-    seen = []
-
-    def steer(module, inputs, output):
-        seen.append(inputs[0].shape)
-        return output + 1
-
-    h = torch.randn(1, tokens, HIDDEN)
-    with torch.no_grad():
-        before = layer(h)[0]
-        layer.down_proj.register_forward_hook(steer)
-        after = layer(h)[0]
-    assert seen == [(1, tokens, K * E)]
-    torch.testing.assert_close(after, before + 1, rtol=1e-4, atol=1e-4)
+    h = torch.randn(1, 3, HIDDEN)
+    expected = layer(h)
+    accelerate.hooks.add_hook_to_module(layer.down_proj, accelerate.hooks.AlignDevicesHook("cpu", offload=False))
+    calls = []
+    old = layer.down_proj.forward
+    layer.down_proj.forward = lambda x: calls.append(x.shape) or old(x)
+    for tokens in (3, 60):
+        layer(torch.randn(1, tokens, HIDDEN))
+    assert all(shape[1] in (3, 60) for shape in calls)  # tokens, and no other rows
+    torch.testing.assert_close(layer(h), expected)
 
 
 def test_lora_compiles_as_one_graph():

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels for what lies between the matrix products of a Finedeep model, each in one pass over its tokens.
+
+`weigh`: from the gate and up projections G and U to weighted activations, forward and backward.
+`combine`: from K expert outputs to scores, gates and their weighted sum, for few tokens.
+`norm`: RMSNorm, forward and backward.
+
+All is computed in float32 and rounded where the plain forms in PyTorch round, so that a gate of 1 gives the dense
+model's numbers. Scalars are `constexpr`: a Python float would be a float64 argument where Inductor launches a kernel.
+On a CPU the kernels run in Triton's interpreter (`TRITON_INTERPRET=1`), which is how they are tested.
+"""
+
+import os
+
+import torch
+
+try:  # a machine without Triton still has to load the model
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+MAX_WIDTH = 16384  # numbers that one program holds of a row
+MAX_TILE = 32768  # numbers that one program holds in all
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+if triton is not None:
+
+    @triton.jit
+    def _silu(x):
+        return x / (1 + tl.exp(-x))
+
+    @triton.jit
+    def _weigh(G, U, v, y, g, tokens, K: tl.constexpr, e: tl.constexpr, c: tl.constexpr, BT: tl.constexpr,
+               BE: tl.constexpr):  # fmt: skip
+        """One program: BT tokens of one expert."""
+        k = tl.program_id(1)
+        t = tl.program_id(0) * BT + tl.arange(0, BT)
+        j = tl.arange(0, BE)
+        here = (t < tokens)[:, None] & (j < e)[None, :]
+        at = t.to(tl.int64)[:, None] * (K * e) + k * e + j[None, :]
+        gate = tl.load(G + at, here, other=0.0)
+        up = tl.load(U + at, here, other=0.0)
+        v_k = tl.load(v + k * e + j, j < e, other=0.0).to(tl.float32)
+        a = (_silu(gate.to(tl.float32)).to(gate.dtype) * up).to(tl.float32)
+        g_k = c / (1 + tl.exp(-tl.sum(a * v_k[None, :], 1)))
+        tl.store(g + t.to(tl.int64) * K + k, g_k, t < tokens)
+        tl.store(y + at, (g_k.to(gate.dtype)[:, None] * a.to(gate.dtype)).to(gate.dtype), here)
+
+    @triton.jit
+    def _weigh_backward(G, U, v, dy, dg, dG, dU, dv, tokens, K: tl.constexpr, e: tl.constexpr, c: tl.constexpr,
+                        BT: tl.constexpr, BE: tl.constexpr):  # fmt: skip
+        """One program: every so many blocks of BT tokens of one expert, whose part of dv it sums up.
+
+        t_k = <dy_k, a_k> + dg_k; ds_k = t_k g_k (1 - g_k / c); da_k = g_k dy_k + ds_k v_k; dU = da act(G);
+        dG = da U act'(G); dv_k = sum over tokens of ds_k a_k.
+        """
+        k = tl.program_id(1)
+        j = tl.arange(0, BE)
+        v_k = tl.load(v + k * e + j, j < e, other=0.0).to(tl.float32)
+        dv_k = tl.zeros([BE], tl.float32)
+        for block in range(tl.program_id(0), tl.cdiv(tokens, BT), tl.num_programs(0)):
+            t = block * BT + tl.arange(0, BT)
+            here = (t < tokens)[:, None] & (j < e)[None, :]
+            at = t.to(tl.int64)[:, None] * (K * e) + k * e + j[None, :]
+            gate = tl.load(G + at, here, other=0.0).to(tl.float32)
+            up = tl.load(U + at, here, other=0.0).to(tl.float32)
+            dy_k = tl.load(dy + at, here, other=0.0).to(tl.float32)
+            open_ = 1 / (1 + tl.exp(-gate))
+            a = gate * open_ * up
+            g_k = c / (1 + tl.exp(-tl.sum(a * v_k[None, :], 1)))
+            t_k = tl.sum(dy_k * a, 1) + tl.load(dg + t.to(tl.int64) * K + k, t < tokens, other=0.0)
+            ds_k = t_k * g_k * (1 - g_k / c)
+            da = g_k[:, None] * dy_k + ds_k[:, None] * v_k[None, :]
+            tl.store(dU + at, (da * gate * open_).to(dU.dtype.element_ty), here)
+            tl.store(dG + at, (da * up * open_ * (1 + gate * (1 - open_))).to(dG.dtype.element_ty), here)
+            dv_k += tl.sum(ds_k[:, None] * a, 0)
+        tl.store(dv + (tl.program_id(0) * K + k) * e + j, dv_k, j < e)
+
+    @triton.jit
+    def _combine(E, w, out, g, tokens, K: tl.constexpr, d: tl.constexpr, c: tl.constexpr, BK: tl.constexpr,
+                 BD: tl.constexpr):  # fmt: skip
+        """One program: one token. E (K, tokens, d), w (K, d)."""
+        t = tl.program_id(0).to(tl.int64)
+        k, i = tl.arange(0, BK), tl.arange(0, BD)
+        here = (k < K)[:, None] & (i < d)[None, :]
+        E_k = tl.load(E + (k[:, None] * tokens + t) * d + i[None, :], here, other=0.0).to(tl.float32)
+        w_k = tl.load(w + k[:, None] * d + i[None, :], here, other=0.0).to(tl.float32)
+        g_k = c / (1 + tl.exp(-tl.sum(E_k * w_k, 1)))
+        tl.store(g + t * K + k, g_k, k < K)
+        tl.store(out + t * d + i, tl.sum(g_k[:, None] * E_k, 0).to(out.dtype.element_ty), i < d)
+
+    @triton.jit
+    def _norm(x, w, n, rows, d: tl.constexpr, eps: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
+        t = tl.program_id(0) * BT + tl.arange(0, BT)
+        i = tl.arange(0, BD)
+        here = (t < rows)[:, None] & (i < d)[None, :]
+        at = t.to(tl.int64)[:, None] * d + i[None, :]
+        x_t = tl.load(x + at, here, other=0.0)
+        exact = x_t.to(tl.float32)
+        r = 1 / tl.sqrt(tl.sum(exact * exact, 1) / d + eps)
+        weight = tl.load(w + i, i < d, other=0.0)
+        tl.store(n + at, weight[None, :] * (exact * r[:, None]).to(x_t.dtype), here)
+
+    @triton.jit
+    def _norm_backward(x, w, dn, dx, dw, rows, d: tl.constexpr, eps: tl.constexpr, BT: tl.constexpr,
+                       BD: tl.constexpr):  # fmt: skip
+        """With x^ = x r and p = dn x^: dx = r (w dn - x^ <p, w> / d), dw = sum over rows of p."""
+        i = tl.arange(0, BD)
+        weight = tl.load(w + i, i < d, other=0.0).to(tl.float32)
+        dw_sum = tl.zeros([BD], tl.float32)
+        for block in range(tl.program_id(0), tl.cdiv(rows, BT), tl.num_programs(0)):
+            t = block * BT + tl.arange(0, BT)
+            here = (t < rows)[:, None] & (i < d)[None, :]
+            at = t.to(tl.int64)[:, None] * d + i[None, :]
+            x_t = tl.load(x + at, here, other=0.0).to(tl.float32)
+            dn_t = tl.load(dn + at, here, other=0.0).to(tl.float32)
+            r = 1 / tl.sqrt(tl.sum(x_t * x_t, 1) / d + eps)
+            x_t = x_t * r[:, None]
+            p = dn_t * x_t
+            dx_t = (dn_t * weight[None, :] - x_t * (tl.sum(p * weight[None, :], 1) / d)[:, None]) * r[:, None]
+            tl.store(dx + at, dx_t.to(dx.dtype.element_ty), here)
+            dw_sum += tl.sum(p, 0)
+        tl.store(dw + tl.program_id(0) * d + i, dw_sum, i < d)
+
+
+def runs_on(*tensors: torch.Tensor) -> bool:
+    """Whether these kernels can take the tensors: real ones, of one device and of a known dtype, no zero of them."""
+    if triton is None or not all(x.dtype in DTYPES and x.numel() for x in tensors):
+        return False
+    try:  # tensors of a functional transform or of a tracer have no memory
+        return all(x.data_ptr() and type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)
+    except RuntimeError:
+        return False
+
+
+def _blocks(width: int) -> tuple[int, int, int]:
+    """Rows and columns of a program's tile for rows of this width, and its warps."""
+    columns = triton.next_power_of_2(width)
+    return max(1, 4096 // columns), columns, 4 if columns <= 4096 else 8
+
+
+def _programs(x: torch.Tensor, blocks: int, K: int = 1) -> int:
+    """How many programs share out the blocks where each sums up something: a few for each multiprocessor."""
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+    return min(blocks, max(1, 4 * processors // K))
+
+
+def weigh(G: torch.Tensor, U: torch.Tensor, v: torch.Tensor, c: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """y_k = g_k * a_k with a = silu(G) * U and g_k = c * sigmoid(<v_k, a_k>).
+
+    Args: G and U (..., K * e); v (K, e). Returns y as G, and g (..., K) in float32.
+    """
+    K, e = v.shape
+    G, U, v = G.contiguous(), U.contiguous(), v.contiguous()
+    tokens = G.numel() // (K * e)
+    y, g = torch.empty_like(G), torch.empty(*G.shape[:-1], K, dtype=torch.float32, device=G.device)
+    BT, BE, warps = _blocks(e)
+    _weigh[(triton.cdiv(tokens, BT), K)](G, U, v, y, g, tokens, K, e, c, BT, BE, num_warps=warps)
+    return y, g
+
+
+def weigh_backward(
+    G: torch.Tensor, U: torch.Tensor, v: torch.Tensor, dy: torch.Tensor, dg: torch.Tensor, c: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of `weigh`'s G, U and v, from those of y (..., K * e) and g (..., K)."""
+    K, e = v.shape
+    G, U, v, dy, dg = G.contiguous(), U.contiguous(), v.contiguous(), dy.contiguous(), dg.contiguous()
+    tokens = G.numel() // (K * e)
+    BT, BE, warps = _blocks(e)
+    programs = _programs(G, triton.cdiv(tokens, BT), K)
+    dG, dU = torch.empty_like(G), torch.empty_like(U)
+    dv = torch.empty(programs, K, e, dtype=torch.float32, device=G.device)
+    _weigh_backward[(programs, K)](G, U, v, dy, dg, dG, dU, dv, tokens, K, e, c, BT, BE, num_warps=warps)
+    return dG, dU, dv.sum(0).to(v.dtype)
+
+
+def combine(E: torch.Tensor, w: torch.Tensor, c: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """sum_k g_k * E_k (tokens, d) and g_k = c * sigmoid(<w_k, E_k>) (tokens, K). Args: E (K, tokens, d); w (K, d)."""
+    K, tokens, d = E.shape
+    E, w = E.contiguous(), w.contiguous()
+    out = torch.empty(tokens, d, dtype=E.dtype, device=E.device)
+    g = torch.empty(tokens, K, dtype=torch.float32, device=E.device)
+    BK, BD = triton.next_power_of_2(K), triton.next_power_of_2(d)
+    _combine[(tokens,)](E, w, out, g, tokens, K, d, c, BK, BD, num_warps=16 if BK * BD > 8192 else 4)
+    return out, g
+
+
+def norm(x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
+    """w * x / rms(x), rounded where Llama rounds. Args: x (..., d); w (d), of x's dtype."""
+    x, d = x.contiguous(), x.shape[-1]
+    n, rows = torch.empty_like(x), x.numel() // d
+    BT, BD, warps = _blocks(d)
+    _norm[(triton.cdiv(rows, BT),)](x, w, n, rows, d, eps, BT, BD, num_warps=warps)
+    return n
+
+
+def norm_backward(x: torch.Tensor, w: torch.Tensor, dn: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of `norm`'s x and w, from that of its output."""
+    x, dn, d = x.contiguous(), dn.contiguous(), x.shape[-1]
+    rows = x.numel() // d
+    BT, BD, warps = _blocks(d)
+    programs = _programs(x, triton.cdiv(rows, BT))
+    dx, dw = torch.empty_like(x), torch.empty(programs, d, dtype=torch.float32, device=x.device)
+    _norm_backward[(programs,)](x, w, dn, dx, dw, rows, d, eps, BT, BD, num_warps=warps)
+    return dx, dw.sum(0).to(w.dtype)
