@@ -28,8 +28,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 if triton is not None:
 
     @triton.jit
-    def _silu(x):
-        return x / (1 + tl.exp(-x))
+    def _rounded(x, like):
+        return x.to(like.dtype.element_ty).to(tl.float32)
 
     @triton.jit
     def _weigh(G, U, v, y, g, tokens, K: tl.constexpr, e: tl.constexpr, c: tl.constexpr, BT: tl.constexpr,
@@ -40,13 +40,13 @@ if triton is not None:
         j = tl.arange(0, BE)
         here = (t < tokens)[:, None] & (j < e)[None, :]
         at = t.to(tl.int64)[:, None] * (K * e) + k * e + j[None, :]
-        gate = tl.load(G + at, here, other=0.0)
-        up = tl.load(U + at, here, other=0.0)
+        gate = tl.load(G + at, here, other=0.0).to(tl.float32)
+        up = tl.load(U + at, here, other=0.0).to(tl.float32)
         v_k = tl.load(v + k * e + j, j < e, other=0.0).to(tl.float32)
-        a = (_silu(gate.to(tl.float32)).to(gate.dtype) * up).to(tl.float32)
+        a = _rounded(_rounded(gate / (1 + tl.exp(-gate)), y) * up, y)
         g_k = c / (1 + tl.exp(-tl.sum(a * v_k[None, :], 1)))
         tl.store(g + t.to(tl.int64) * K + k, g_k, t < tokens)
-        tl.store(y + at, (g_k.to(gate.dtype)[:, None] * a.to(gate.dtype)).to(gate.dtype), here)
+        tl.store(y + at, (_rounded(g_k, y)[:, None] * a).to(y.dtype.element_ty), here)
 
     @triton.jit
     def _weigh_backward(G, U, v, dy, dg, dG, dU, dv, tokens, K: tl.constexpr, e: tl.constexpr, c: tl.constexpr,
@@ -97,11 +97,10 @@ if triton is not None:
         i = tl.arange(0, BD)
         here = (t < rows)[:, None] & (i < d)[None, :]
         at = t.to(tl.int64)[:, None] * d + i[None, :]
-        x_t = tl.load(x + at, here, other=0.0)
-        exact = x_t.to(tl.float32)
-        r = 1 / tl.sqrt(tl.sum(exact * exact, 1) / d + eps)
-        weight = tl.load(w + i, i < d, other=0.0)
-        tl.store(n + at, weight[None, :] * (exact * r[:, None]).to(x_t.dtype), here)
+        x_t = tl.load(x + at, here, other=0.0).to(tl.float32)
+        r = 1 / tl.sqrt(tl.sum(x_t * x_t, 1) / d + eps)
+        weight = tl.load(w + i, i < d, other=0.0).to(tl.float32)
+        tl.store(n + at, (weight[None, :] * _rounded(x_t * r[:, None], n)).to(n.dtype.element_ty), here)
 
     @triton.jit
     def _norm_backward(x, w, dn, dx, dw, rows, d: tl.constexpr, eps: tl.constexpr, BT: tl.constexpr,

@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 
 from .kernels_finedeep import INTERPRETED, MAX_WIDTH, norm, norm_backward, runs_on, weigh, weigh_backward
 
 # Which form lies between the matrix products: "plain" (PyTorch) everywhere; "triton" wherever the kernels run, so in
 # their interpreter on a CPU too; by default Triton's on a GPU. For debugging.
 FORCED = os.environ.get("FINEDEEP_KERNELS")
+SILU = (nn.SiLU, type(ACT2FN["silu"]))
 
 
 # 1. Between the matrix products
@@ -125,8 +127,10 @@ def weighted_activations(
         g = c * gates(scores)
         return (g.to(a.dtype).unsqueeze(-1) * a).flatten(-2), g
 
+    if is_watched(act):  # who hooks the activation meets it once, with its gradient
+        return plain(G, U, v, s)
     kernel = None
-    if s is None and gates is torch.sigmoid and isinstance(act, nn.SiLU) and v.shape[-1] <= MAX_WIDTH:
+    if s is None and gates is torch.sigmoid and isinstance(act, SILU) and v.shape[-1] <= MAX_WIDTH:
         kernel = Kernel(
             lambda G, U, v, s: weigh(G, U, v, c),
             lambda G, U, v, s, d_y, d_g: (*weigh_backward(G, U, v, d_y, d_g, c), None),
