@@ -11,6 +11,9 @@ On a CPU the kernels run in Triton's interpreter (`TRITON_INTERPRET=1`), which i
 """
 
 import os
+from contextlib import nullcontext
+from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -124,26 +127,42 @@ if triton is not None:
         tl.store(dw + tl.program_id(0) * d + i, dw_sum, i < d)
 
 
-def runs_on(*tensors: torch.Tensor) -> bool:
+def runs_on(tensors: list[torch.Tensor]) -> bool:
     """Whether these kernels can take the tensors: real ones, of one device and of a known dtype, no zero of them."""
-    if triton is None or not all(x.dtype in DTYPES and x.numel() for x in tensors):
+    if triton is None:
         return False
-    try:  # tensors of a functional transform or of a tracer have no memory
-        return all(x.data_ptr() and type(x) in (torch.Tensor, torch.nn.Parameter) for x in tensors)
-    except RuntimeError:
-        return False
+    for x in tensors:
+        if x.dtype not in DTYPES or type(x) not in (torch.Tensor, torch.nn.Parameter) or x.device != tensors[0].device:
+            return False
+        try:  # tensors of a functional transform or of a tracer have no memory
+            if not x.data_ptr():
+                return False
+        except RuntimeError:
+            return False
+    return True
 
 
+@lru_cache
 def _blocks(width: int) -> tuple[int, int, int]:
     """Rows and columns of a program's tile for rows of this width, and its warps."""
-    columns = triton.next_power_of_2(width)
+    columns = 1 << (width - 1).bit_length()  # triton.cdiv and its like are slow outside of kernels
     return max(1, 4096 // columns), columns, 4 if columns <= 4096 else 8
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def _programs(x: torch.Tensor, blocks: int, K: int = 1) -> int:
     """How many programs share out the blocks where each sums up something: a few for each multiprocessor."""
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
-    return min(blocks, max(1, 4 * processors // K))
+    return min(blocks, max(1, 4 * _processors(x.device) // K))
+
+
+def _on(x: torch.Tensor) -> Any:
+    """Triton launches on the current device, which need not be the tensor's where a model is spread over several."""
+    here = not x.is_cuda or x.device.index == torch.cuda.current_device()
+    return nullcontext() if here else torch.cuda.device(x.device)
 
 
 def weigh(G: torch.Tensor, U: torch.Tensor, v: torch.Tensor, c: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,7 +175,8 @@ def weigh(G: torch.Tensor, U: torch.Tensor, v: torch.Tensor, c: float) -> tuple[
     tokens = G.numel() // (K * e)
     y, g = torch.empty_like(G), torch.empty(*G.shape[:-1], K, dtype=torch.float32, device=G.device)
     BT, BE, warps = _blocks(e)
-    _weigh[(triton.cdiv(tokens, BT), K)](G, U, v, y, g, tokens, K, e, c, BT, BE, num_warps=warps)
+    with _on(G):
+        _weigh[(-(-tokens // BT), K)](G, U, v, y, g, tokens, K, e, c, BT, BE, num_warps=warps)
     return y, g
 
 
@@ -168,10 +188,11 @@ def weigh_backward(
     G, U, v, dy, dg = G.contiguous(), U.contiguous(), v.contiguous(), dy.contiguous(), dg.contiguous()
     tokens = G.numel() // (K * e)
     BT, BE, warps = _blocks(e)
-    programs = _programs(G, triton.cdiv(tokens, BT), K)
+    programs = _programs(G, -(-tokens // BT), K)
     dG, dU = torch.empty_like(G), torch.empty_like(U)
     dv = torch.empty(programs, K, e, dtype=torch.float32, device=G.device)
-    _weigh_backward[(programs, K)](G, U, v, dy, dg, dG, dU, dv, tokens, K, e, c, BT, BE, num_warps=warps)
+    with _on(G):
+        _weigh_backward[(programs, K)](G, U, v, dy, dg, dG, dU, dv, tokens, K, e, c, BT, BE, num_warps=warps)
     return dG, dU, dv.sum(0).to(v.dtype)
 
 
@@ -181,8 +202,9 @@ def combine(E: torch.Tensor, w: torch.Tensor, c: float) -> tuple[torch.Tensor, t
     E, w = E.contiguous(), w.contiguous()
     out = torch.empty(tokens, d, dtype=E.dtype, device=E.device)
     g = torch.empty(tokens, K, dtype=torch.float32, device=E.device)
-    BK, BD = triton.next_power_of_2(K), triton.next_power_of_2(d)
-    _combine[(tokens,)](E, w, out, g, tokens, K, d, c, BK, BD, num_warps=16 if BK * BD > 8192 else 4)
+    BK, BD = 1 << (K - 1).bit_length(), 1 << (d - 1).bit_length()
+    with _on(E):
+        _combine[(tokens,)](E, w, out, g, tokens, K, d, c, BK, BD, num_warps=16 if BK * BD > 8192 else 4)
     return out, g
 
 
@@ -191,7 +213,8 @@ def norm(x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
     x, d = x.contiguous(), x.shape[-1]
     n, rows = torch.empty_like(x), x.numel() // d
     BT, BD, warps = _blocks(d)
-    _norm[(triton.cdiv(rows, BT),)](x, w, n, rows, d, eps, BT, BD, num_warps=warps)
+    with _on(x):
+        _norm[(-(-rows // BT),)](x, w, n, rows, d, eps, BT, BD, num_warps=warps)
     return n
 
 
@@ -200,7 +223,8 @@ def norm_backward(x: torch.Tensor, w: torch.Tensor, dn: torch.Tensor, eps: float
     x, dn, d = x.contiguous(), dn.contiguous(), x.shape[-1]
     rows = x.numel() // d
     BT, BD, warps = _blocks(d)
-    programs = _programs(x, triton.cdiv(rows, BT))
+    programs = _programs(x, -(-rows // BT))
     dx, dw = torch.empty_like(x), torch.empty(programs, d, dtype=torch.float32, device=x.device)
-    _norm_backward[(programs,)](x, w, dn, dx, dw, rows, d, eps, BT, BD, num_warps=warps)
+    with _on(x):
+        _norm_backward[(programs,)](x, w, dn, dx, dw, rows, d, eps, BT, BD, num_warps=warps)
     return dx, dw.sum(0).to(w.dtype)

@@ -47,6 +47,10 @@ def run(plain: Callable[..., Any], kernel: Kernel | None, *inputs: torch.Tensor 
         return plain(*inputs) if kernel is None else kernel.forward(*inputs)
     if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in given):
         return plain(*inputs)
+    try:
+        given[0].data_ptr()
+    except RuntimeError:  # a functional transform is at work
+        return RecomputedInTransforms.apply(plain, kernel, *inputs)
     return Recomputed.apply(plain, kernel, *inputs)
 
 
@@ -54,22 +58,17 @@ def takes_kernel(given: list[torch.Tensor]) -> bool:
     """Whether the Triton kernels are to take these tensors."""
     if FORCED == "plain" or not (given[0].is_cuda or (FORCED == "triton" and INTERPRETED)):
         return False
-    return runs_on(*given)
+    return runs_on(given)
 
 
 class Recomputed(torch.autograd.Function):
     """A function of which backward keeps the inputs, and computes the rest again."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(plain: Callable[..., Any], kernel: Kernel | None, *inputs: torch.Tensor | None) -> Any:
+    def forward(ctx: Any, plain: Callable[..., Any], kernel: Kernel | None, *inputs: torch.Tensor | None) -> Any:
+        ctx.plain, ctx.kernel = plain, kernel
+        ctx.save_for_backward(*inputs)
         return plain(*inputs) if kernel is None else kernel.forward(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-        ctx.plain, ctx.kernel, *tensors = inputs
-        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: torch.Tensor) -> tuple:
@@ -92,6 +91,21 @@ class Recomputed(torch.autograd.Function):
                 torch.autograd.grad(outputs, [x for x in inputs if x is not None and x.requires_grad], d_outputs)
             )
         return None, None, *(next(found) if need else None for need in needed)
+
+
+class RecomputedInTransforms(Recomputed):
+    """The same in the form that `torch.func` transforms, at whose every call PyTorch binds a signature."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(plain: Callable[..., Any], kernel: Kernel | None, *inputs: torch.Tensor | None) -> Any:
+        return plain(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.plain, ctx.kernel, *tensors = inputs
+        ctx.save_for_backward(*tensors)
 
 
 def dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -212,8 +226,10 @@ def scores_of(linear: nn.Module, router: torch.Tensor, a: Callable[[], torch.Ten
 
 def score_vectors(W: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
     """v_k = W_k' w_k. Args: W (hidden, K * e); router (K, hidden). Returns (K, e)."""
+    if router.dtype != W.dtype or router.device != W.device:
+        router = router.to(W.device, W.dtype)
     W = W.unflatten(1, (router.shape[0], -1)).transpose(0, 1)  # (K, hidden, e), a view
-    return torch.bmm(router.to(W.device, W.dtype).unsqueeze(1), W).squeeze(1)
+    return torch.bmm(router.unsqueeze(1), W).squeeze(1)
 
 
 def pull_back(linear: nn.Module, rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
@@ -277,9 +293,11 @@ def score_source(sublayer: nn.Module, G: torch.Tensor, U: torch.Tensor, n: torch
 
     Args: G and U (batch, seq, K * e); n (batch, seq, hidden).
     """
-    router, linear, e = local_part(sublayer.router), sublayer.down_proj, sublayer.expert_width
-    experts, is_whole = G.shape[-1] // e, G.shape[-1] == sublayer.num_experts * e
-    if G.shape[-1] % e:
+    router, linear, e, width = sublayer.router, sublayer.down_proj, sublayer.expert_width, G.shape[-1]
+    if width == sublayer.num_experts * e and sublayer.routing_input == "expert_output" and sublayer.expert_bias is None:
+        return scores_of(linear, router, lambda: (sublayer.act_fn(G) * U).unflatten(-1, (-1, e)), G)
+    router, experts = local_part(router), width // e
+    if width % e:
         raise NotImplementedError(
             f"Tensor parallelism shares out whole experts: {sublayer.num_experts} experts per sub-layer must be "
             "divisible by the number of processes."
@@ -291,7 +309,7 @@ def score_source(sublayer: nn.Module, G: torch.Tensor, U: torch.Tensor, n: torch
         )
     if sublayer.routing_input == "hidden_state":
         return None, scores_of_hidden_state(n, router)
-    if is_whole:
+    if experts == sublayer.num_experts:
         v, s = scores_of(linear, router, lambda: (sublayer.act_fn(G) * U).unflatten(-1, (experts, e)), G)
     elif type(linear) is nn.Linear:
         v, s = score_vectors(local_part(linear.weight), router), None
