@@ -6,7 +6,7 @@ families' configurations have in transformers wherever there is one.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ ROUTING_FUNCTIONS = {
     "sigmoid": RoutingFunction(torch.sigmoid, lambda num_experts: 2.0),
     "softmax": RoutingFunction(partial(torch.softmax, dim=-1), float),
 }
-ROUTING = {"routing_input": ("expert_output", "hidden_state"), "routing_function": tuple(ROUTING_FUNCTIONS)}
+ROUTING = {"routing_input": ("expert_output", "hidden_state"), "routing_function": ROUTING_FUNCTIONS}
 # Fields with a value for each layer, and the values that there are.
 PER_LAYER: dict[str, tuple[Any, ...]] = {
     "layer_types": ("full_attention", "sliding_attention"),
@@ -143,7 +143,7 @@ class FinedeepConfig(LlamaConfig):  # trf-ignore: TRF057
         self.routing_input = routing_input
         self.routing_function = routing_function
         if routed_scaling_factor is None:
-            routed_scaling_factor = ROUTING_FUNCTIONS[routing_function].neutral_scale(num_experts_per_sublayer)
+            routed_scaling_factor = ROUTING_FUNCTIONS[self.routing_function].neutral_scale(num_experts_per_sublayer)
         self.routed_scaling_factor = _positive_float("routed_scaling_factor", routed_scaling_factor)
         self.router_initializer_range = _deviation("router_initializer_range", router_initializer_range)
         self.sublayer_output_norm = _boolean("sublayer_output_norm", sublayer_output_norm)
@@ -224,9 +224,22 @@ def _readable_by_every_version(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Spell RoPE as `rope_theta` and `rope_scaling`, which transformers 4 and 5 both read.
 
     transformers 5 writes `rope_parameters`; transformers 4 does not know that key and would silently fall back to
-    theta 10000.
+    theta 10000. Raises `ValueError` for what Llama's rotary embedding is not made of.
     """
     rope = dict(kwargs.pop("rope_parameters", None) or {})
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError(
+            f"rope_parameters has an entry for each of {', '.join(rope)}; Finedeep has one RoPE for all layers. Give "
+            "one dictionary with rope_type and rope_theta."
+        )
+    if "type" in rope:  # as it was called until transformers 4.43
+        rope.setdefault("rope_type", rope.pop("type"))
+    partial_rotary_factor = rope.pop("partial_rotary_factor", kwargs.get("partial_rotary_factor"))
+    if partial_rotary_factor not in (None, 1, 1.0):
+        raise ValueError(
+            f"partial_rotary_factor={partial_rotary_factor!r} rotates heads in part; Finedeep, like Llama, rotates "
+            "whole heads. The value that works: 1.0."
+        )
     if rope:
         if "rope_theta" in rope:
             kwargs["rope_theta"] = rope.pop("rope_theta")
@@ -259,7 +272,7 @@ def _deviation(field: str, value: Any) -> float:
     return float(value)
 
 
-def _one_of(field: str, value: Any, known: tuple[str, ...]) -> str:
+def _one_of(field: str, value: Any, known: Collection[Any]) -> str:
     if value not in known:
         raise ValueError(f"{field}={value!r} is not known; values that work: {', '.join(map(repr, known))}.")
     return value

@@ -135,3 +135,51 @@ def test_layers_may_be_taken_off_or_added(tmp_path):
     for layers in (1, 3):  # as `generate(assistant_early_exit=1)` does
         config.num_hidden_layers = layers
         assert config.layer_types == types
+
+
+def test_rope_by_its_older_key_is_read():
+    linear = {"type": "linear", "factor": 4.0, "rope_theta": 500.0}
+    config = FinedeepConfig(rope_parameters=linear)
+    assert config.rope_scaling["rope_type"] == "linear"
+    assert config.rope_scaling["factor"] == 4.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        ({"partial_rotary_factor": 0.25}, "partial_rotary_factor=0.25"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
+    ],
+    ids=str,
+)
+def test_rope_that_would_be_another_model_is_refused(fields, word):
+    with pytest.raises(ValueError, match=word):
+        FinedeepConfig(**fields)
+
+
+def test_a_routing_function_that_is_not_in_the_table_is_refused_wherever_it_is_set():
+    with pytest.raises(ValueError, match="sofmax"):
+        FinedeepConfig(routing_function="sofmax")
+    config = FinedeepConfig(**TINY | {"intermediate_size": 32, "num_experts_per_sublayer": 2})
+    with pytest.raises(ValueError, match="sofmax"):
+        config.routing_function = "sofmax"
+    sublayer = FinedeepForCausalLM(config).model.layers[0].sublayers[0]
+    sublayer.routing_function = "sofmax"
+    with pytest.raises(KeyError, match="sofmax"):
+        sublayer(torch.zeros(1, 2, TINY["hidden_size"]))
+
+
+def test_adding_a_routing_function_is_one_entry(monkeypatch):
+    from finedeep import configuration_finedeep
+
+    entry = configuration_finedeep.RoutingFunction(lambda s: s.relu() + 1, lambda K: 1.0)
+    monkeypatch.setitem(configuration_finedeep.ROUTING_FUNCTIONS, "relu", entry)
+    config = FinedeepConfig(**TINY | {"intermediate_size": 32, "num_experts_per_sublayer": 2}, routing_function="relu")
+    assert config.routed_scaling_factor == 1.0
+    sublayer = FinedeepForCausalLM(config).model.layers[0].sublayers[0]
+    torch.nn.init.normal_(sublayer.router)
+    for tokens in (2, 50):
+        _, g = sublayer(torch.randn(1, tokens, TINY["hidden_size"]))
+        assert g.min() >= 1
+        assert g.max() > 1

@@ -141,3 +141,85 @@ def test_qlora_trains_on_four_bits(tmp_path, batches):
     assert len(adapters) == 2 * LAYERS * M
     assert all(p.grad.abs().max() > 0 for p in adapters)
     assert losses[-1] < losses[0] - 0.5
+
+
+def test_adapters_that_differ_by_row_of_a_batch():
+    """`adapter_names` names one for each row, as on a Llama; a batch of exactly K rows is no exception."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    model = peft.get_peft_model(random_model(), config, adapter_name="one")
+    model.add_adapter("two", config)
+    model.eval()
+    names = ["one", "two", "__base__", "one"]
+    for length in (4, 40):
+        ids = torch.randint(0, 256, (4, length), generator=torch.Generator().manual_seed(length))
+        expected = []
+        for row, name in zip(ids, names, strict=True):
+            if name == "__base__":
+                with model.disable_adapter():
+                    expected.append(model(row[None]).logits)
+            else:
+                model.set_adapter(name)
+                expected.append(model(row[None]).logits)
+        assert (expected[0] - expected[3])[0, 0].abs().max() > 1e-3
+        for rows, grad in ((4, True), (3, False)):
+            with torch.set_grad_enabled(grad):
+                found = model(ids[:rows], adapter_names=names[:rows]).logits
+            torch.testing.assert_close(found, torch.cat(expected[:rows]), rtol=1e-4, atol=1e-4)
+
+
+def test_a_checkpoint_runs_attention_once_more_and_not_more_often(batches):
+    """Scores that autograd reads within a forward must not make a checkpoint run its layer for each of them."""
+    model = adapted(random_model(), target_modules=SEVEN).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    calls = []
+    for layer in model.base_model.model.model.layers:
+        layer.self_attn.register_forward_hook(lambda *_: calls.append(1))
+    model(input_ids=batches[1], labels=batches[1], use_cache=False).loss.backward()
+    assert len(calls) == 2 * LAYERS
+
+
+# Other kinds of adapters, with what makes them small and, where they begin as nothing, random.
+KINDS = {
+    "LoHaConfig": {"r": 4, "init_weights": False},
+    "LoKrConfig": {"r": 4, "init_weights": False},
+    "OFTConfig": {"oft_block_size": 4, "r": 0},
+    "BOFTConfig": {"boft_block_size": 4},
+    "IA3Config": {"feedforward_modules": ["down_proj"], "init_ia3_weights": False},
+    "VeraConfig": {"r": 4},
+    "HRAConfig": {"r": 4, "init_weights": False},
+    "FourierFTConfig": {"n_frequency": 20, "init_weights": True},
+    "MissConfig": {"r": 4},
+    "RandLoraConfig": {"r": 4},
+    "C3AConfig": {"block_size": 8, "init_weights": True},
+    "VBLoRAConfig": {"r": 4, "num_vectors": 16, "vector_length": 8, "topk": 2},
+    "ShiraConfig": {"r": 4},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore")
+def test_every_kind_of_adapter_is_the_function_that_its_merging_gives(batches, kind):
+    if not hasattr(peft, kind):
+        pytest.skip(f"this version of peft has no {kind}")
+    torch.manual_seed(1)
+    where = {"target_modules": ["gate_proj", "up_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    config = getattr(peft, kind)(**where, **KINDS[kind])
+    tolerance = 5e-3 if kind == "C3AConfig" else 1e-3  # whose merging is by another Fourier transform, on a Llama too
+    base = random_model()
+    with torch.no_grad():
+        plain = [base(ids).logits for ids in batches]
+    model = peft.get_peft_model(base, config).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    found = [model(input_ids=ids).logits.detach() for ids in batches]
+    with torch.no_grad():
+        without = [model(input_ids=ids).logits for ids in batches]
+        merged = model.merge_and_unload()
+        expected = [merged(ids).logits for ids in batches]
+    for p, f, w, e in zip(plain, found, without, expected, strict=True):
+        assert (e - p).abs().max() > 1e-3
+        torch.testing.assert_close(f, e, rtol=0, atol=tolerance)
+        torch.testing.assert_close(w, e, rtol=0, atol=tolerance)

@@ -108,3 +108,18 @@ def test_gradient_checkpointing_does_not_repeat_them(ids, reentrant):
     out = model(ids, labels=ids, output_router_logits=True, use_cache=False)
     out.loss.backward()
     assert len(out.router_logits) == TINY["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("cls", ["FinedeepModel", "FinedeepForCausalLM", "FinedeepForTokenClassification"])
+def test_the_config_is_read_at_the_call(cls):
+    """`config.output_router_logits = True` on a model that is built already, in every head that returns them."""
+    import finedeep
+
+    model = random_model(getattr(finedeep, cls))
+    ids = torch.arange(6)[None]
+    assert not model(ids).get("router_logits")
+    model.config.output_router_logits = True
+    if cls != "FinedeepForTokenClassification":  # whose output has no field for them
+        assert len(model(ids).router_logits) == model.config.num_hidden_layers
+    else:
+        assert model(ids).logits.shape[:2] == (1, 6)
