@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: help demo test test-slow test-browser test-official test-matrix bench gpu-grid lint format clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -6
+	@sed -n 's/^# //p' Makefile | head -5
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@echo 'Installing into $(VENV), once; this takes a few minutes ...'
