@@ -30,7 +30,7 @@ class Packed(Dataset):
         return self.length
 
     def of_length(self, windows: int) -> "Packed":
-        """So many windows: fewer than there are or, in further passes, more. Returns itself."""
+        """So many windows: with a seed the first, in as many passes as it takes; else from everywhere. Returns itself."""
         self.length = windows if self.seed is not None else min(windows, self.in_a_pass)
         return self
 
@@ -44,7 +44,7 @@ class Packed(Dataset):
 
     def window(self, i: int) -> np.ndarray:
         """(context,) token ids."""
-        passed, i = divmod(i, self.in_a_pass)
+        passed, i = divmod(i, self.in_a_pass) if self.seed is not None else (0, i * self.in_a_pass // self.length)
         order, ends = self.order_of(passed)
         place, wanted = i * self.context, self.context
         d = int(np.searchsorted(ends, place, side="right"))

@@ -26,6 +26,7 @@ from typing import Any
 
 import from_checkout  # noqa: F401
 import numpy as np
+from filelock import FileLock
 from finedeep.demo.dense import train_tokenizer
 from mix import OPEN, pieces_of
 from recipe import Recipe, read_recipe
@@ -49,7 +50,19 @@ def main() -> None:
 
 
 def prepare(recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:
-    """Make FOLDER/tokenizer and FOLDER/tokens unless they are there. Exits where they were made of something else."""
+    """Make FOLDER/tokenizer and FOLDER/tokens unless they are there, one process at a time.
+
+    Exits where they were made of something else. Without texts in the recipe, whatever is there is taken.
+    """
+    if not recipe["data"]["train"]:
+        return AutoTokenizer.from_pretrained(folder / "tokenizer")
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        return made(recipe, folder)
+
+
+def made(recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:
+    """`prepare`, for one process."""
     tokenizer = tokenizer_of(recipe, folder)
     texts = texts_of(recipe["data"])
     about = {"vocabulary": len(tokenizer), "texts": {name: sizes_of(files) for name, files in texts.items()}}
