@@ -217,7 +217,8 @@ class Grid:
     def reap(self, run: Run) -> None:
         """Note how a process has ended."""
         if run.process.returncode:
-            run.failure = end_of(run.folder) or f"ended by signal {-run.process.returncode}"
+            code = run.process.returncode
+            run.failure = end_of(run.folder) if code > 0 else f"ended by signal {-code}"
         print(f"{time.monotonic() - self.begun:.0f} s: {run.says()} {'FAILED' if run.failure else 'done'}", flush=True)
 
     def end(self, running: Sequence[Run], seconds: float) -> None:
@@ -242,7 +243,7 @@ class Grid:
 
 def end_of(folder: Path) -> str:
     """The last lines that a process has said."""
-    return (folder / "said.txt").read_text(encoding="utf-8", errors="replace")[-1500:]
+    return (folder / "said.txt").read_text(encoding="utf-8", errors="replace").strip()[-1500:]
 
 
 def table_of(runs: Sequence[Run]) -> str:

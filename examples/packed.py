@@ -30,7 +30,7 @@ class Packed(Dataset):
         return self.length
 
     def of_length(self, windows: int) -> "Packed":
-        """So many windows: with a seed the first, in as many passes as it takes; else from everywhere. Returns itself."""
+        """So many windows: with a seed in as many passes as it takes; else from the whole text. Returns itself."""
         self.length = windows if self.seed is not None else min(windows, self.in_a_pass)
         return self
 
