@@ -2,7 +2,8 @@
 # make test   lint and tests (about eight minutes on two cores)
 # make test-matrix   the tests in every supported version of transformers (half an hour)
 # make bench   speed and memory beside dense Llama, into benchmarks/ (most of an hour; leave the machine alone)
-# Each makes its own .venv with pinned versions first. PYTHON chooses the interpreter, 3.11 or newer.
+# make gpu-grid TRAIN=BOOKS.txt.xz AUTHOR=OTHER.txt   ten minutes of training on a GPU, with PYTHON as it is
+# The others make their own .venv with pinned versions first. PYTHON chooses the interpreter, 3.11 or newer.
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-browser test-official test-matrix bench lint format clean
+.PHONY: help demo test test-slow test-browser test-official test-matrix bench gpu-grid lint format clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -5
@@ -46,6 +47,11 @@ test-matrix: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m finedeep.benchmarks --output benchmarks --readme README.md
+
+DEADLINE ?= 600
+OUT ?= gpu-grid.jsonl
+gpu-grid:
+	$(PYTHON) examples/gpu_grid.py examples/gpu_grid.yaml $(OUT) --train $(TRAIN) --author $(AUTHOR) --deadline $(DEADLINE)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

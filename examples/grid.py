@@ -11,26 +11,24 @@ goes to examples/logs when it is whole; one that is there is not made again, so 
 
 import argparse
 import fnmatch
-import itertools
 import json
 import os
-import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import from_checkout  # noqa: F401
 import yaml
 from finedeep.convert.whole_file import write_whole
 from finedeep.eval.inspection import inspect
+from recipe import Changes, runs_of
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
 INSPECTED = 16_384  # tokens of the held-out text
-Changes = dict[str, Any]
 
 
 def main() -> None:
@@ -56,6 +54,7 @@ def main() -> None:
         return
     measured = {"held_out": str(arguments.held_out.resolve()), "author": str(arguments.author.resolve())}
     texts = {"data.train": str(arguments.train.resolve()), "data.validation": measured}
+    texts["data.prepared"] = str((arguments.out / "prepared").resolve())  # of the first run, for all
     recipe = arguments.grid.parent / grid["recipe"]
     one_at_a_time = Lock()  # transformers does not load models in several threads at once
 
@@ -78,27 +77,6 @@ def main() -> None:
         except BaseException:
             pool.shutdown(cancel_futures=True)  # those not begun; what others have trained so far is kept
             raise
-
-
-def runs_of(grid: dict[str, Any]) -> Iterator[tuple[str, Changes]]:
-    """Each run's name and the fields of the recipe that it sets."""
-    seen = set()
-    for group in grid["runs"]:
-        for model, rate, seed in itertools.product(group["models"], group["learning_rates"], group.get("seeds", [0])):
-            changes = dict(grid["models"][model])
-            kind = changes.setdefault("model", "finedeep")
-            # what a model sets itself comes last
-            changes = grid["sizes"][group["size"]][kind] | changes
-            changes |= {"training.learning_rate": rate, "training.seed": seed}
-            name = f"{group['size']}/{slug(model)}/{rate:g}-{seed}"
-            if name not in seen:
-                yield name, changes
-            seen.add(name)
-
-
-def slug(name: str) -> str:
-    """A model's name as that of a folder."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def pretrain(recipe: Path, out: Path, changes: Changes) -> None:

@@ -4,95 +4,69 @@
     accelerate launch --config_file examples/launch/fsdp2.yaml examples/pretrain.py RECIPE.yaml OUT
     torchrun --nproc_per_node 8 examples/pretrain.py RECIPE.yaml OUT
 
-The recipe says what is trained on what (examples/recipes); --set changes a field of it. The text streams from the disk
-and is packed into sequences, in the same order for every model of one data.seed. Losses go to OUT/log.jsonl and
-checkpoints to OUT/checkpoint-N: the same command again goes on from the last one, with the losses that an unbroken run
-would have had. The trained model is in OUT/model.
+The recipe says what is trained on what (examples/recipes); --set changes a field of it. The text is tokenised once,
+into OUT/tokens (examples/prepare.py), and its documents are packed into sequences, in the same order for every model
+of one data.seed. Losses and speed go to OUT/log.jsonl and checkpoints to OUT/checkpoint-N: the same command again goes
+on from the last one, with the losses that an unbroken run would have had. The trained model is in OUT/model.
 """
 
 import argparse
-import json
 import re
-import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import from_checkout  # noqa: F401
 import torch
-import transformers
-import yaml
-from datasets import IterableDataset, load_dataset
-from finedeep import FinedeepConfig, FinedeepForCausalLM, __version__
 from finedeep.convert.training_checkpoints import whole_checkpoints
-from finedeep.demo.dense import train_tokenizer
-from finedeep.eval.cost import flops
-from transformers import (
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from fresh_model import model_of
+from optimisation import groups_of
+from packed import texts_to_train_and_measure_on
+from prepare import prepare
+from recipe import Recipe, changed, read_recipe, training_of
+from run_log import add_to_log, begin_log, first_line, speed
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-KINDS = {"llama": (LlamaConfig, LlamaForCausalLM), "finedeep": (FinedeepConfig, FinedeepForCausalLM)}
-LINES = 1000  # of the text that are tokenised and packed at a time
-FOR_TOKENIZER = 40  # times as many lines
+__all__ = ["changed", "model_of", "pretrain"]
+
 LOGGED = re.compile("loss|eval_(.+_)?loss|grad_norm|learning_rate")
-SHUFFLED = 2000  # sequences among which the next one is drawn
-Recipe = dict[str, Any]
 
 
 def main() -> None:
     """Read the recipe, train, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path, help="a YAML file, such as examples/recipes/books-4m.yaml")
-    parser.add_argument("out", type=Path, help="a folder for checkpoints, losses and the model")
+    parser.add_argument("out", type=Path, help="a folder for tokens, checkpoints, losses and the model")
     parser.add_argument("--set", dest="changes", action="append", default=[], metavar="A.B=VALUE", help="as in YAML")
     arguments = parser.parse_args()
-    pretrain(changed(yaml.safe_load(arguments.recipe.read_text(encoding="utf-8")), arguments.changes), arguments.out)
-
-
-def changed(recipe: Recipe, changes: Iterable[str]) -> Recipe:
-    """The recipe with some fields set: `A.B=VALUE`. Exits where it has no A."""
-    for change in changes:
-        name, equals, value = change.partition("=")
-        *groups, last = name.split(".")
-        place = recipe
-        for group in groups:
-            place = place.get(group) if isinstance(place, dict) else None
-        if not equals or not isinstance(place, dict):
-            raise SystemExit(f"--set {change}: A.B=VALUE is wanted, A one of {', '.join(recipe)}.")
-        place[last] = yaml.safe_load(value)
-    return recipe
+    pretrain(read_recipe(arguments.recipe, arguments.changes), arguments.out)
 
 
 def pretrain(recipe: Recipe, out: Path) -> None:
     """Train as the recipe says. Losses are in nats per token."""
+    gpu = torch.accelerator.is_available()
     arguments = TrainingArguments(
         output_dir=str(out),
         eval_strategy="steps",
         report_to="none",
         save_total_limit=1,
-        data_seed=recipe["data"]["seed"],
-        use_cpu=not torch.accelerator.is_available(),
-        **recipe["training"],
+        use_cpu=not gpu,
+        **training_of(recipe, gpu),
     )
+    prepared = Path(recipe["data"].get("prepared") or out)
     with arguments.main_process_first(local=False, desc="preparing"):
-        tokenizer = tokenizer_of(recipe, out)
+        tokenizer = prepare(recipe, prepared)
+    text, measured = texts_to_train_and_measure_on(recipe["data"], prepared)
+    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     model = model_of(recipe, tokenizer)
-    data = recipe["data"]
-    trainer = RatedTrainer(
+    trainer = OrderedTrainer(
         recipe["rates"],
         model=model,
         args=arguments,
-        train_dataset=packed(data["train"], tokenizer, data["context"]).shuffle(data["seed"], buffer_size=SHUFFLED),
-        eval_dataset=validation_of(data, tokenizer),
-        callbacks=[Log(out / "log.jsonl", recipe, model)],
+        train_dataset=text.of_length(arguments.max_steps * batch),
+        eval_dataset=measured.pop("validation") if measured.keys() == {"validation"} else measured,
+        callbacks=[Log(out / "log.jsonl", recipe, model, batch * recipe["data"]["context"])],
     )
     checkpoints = whole_checkpoints(out)
     trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
@@ -102,149 +76,54 @@ def pretrain(recipe: Recipe, out: Path) -> None:
     tokenizer.save_pretrained(out / "model")
 
 
-def validation_of(data: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The sequences of the validation text or, where the recipe names several, of each by its name."""
-    if isinstance(data["validation"], dict):
-        return {
-            name: validation_of(data | {"validation": file}, tokenizer) for name, file in data["validation"].items()
-        }
-    return list(packed(data["validation"], tokenizer, data["context"]).take(data["validation_sequences"]))
-
-
-def tokenizer_of(recipe: Recipe, out: Path) -> PreTrainedTokenizerBase:
-    """The one that the recipe names; otherwise one trained on the text's beginning, once."""
-    if path := recipe["tokenizer"].get("path"):
-        return AutoTokenizer.from_pretrained(path)
-    folder = out / "tokenizer"
-    if not folder.is_dir():
-        scratch = out / ".tokenizer.new"
-        texts = ("\n".join(batch["text"]) for batch in lines_of(recipe["data"]["train"]).iter(LINES))
-        texts = islice(texts, FOR_TOKENIZER)
-        train_tokenizer(texts, recipe["tokenizer"]["vocabulary"]).save_pretrained(scratch)
-        shutil.move(scratch, folder)
-    return AutoTokenizer.from_pretrained(folder)
-
-
-def lines_of(files: str) -> IterableDataset:
-    """The lines of text files, as they are wanted."""
-    return load_dataset("text", data_files={"train": files}, split="train", streaming=True)
-
-
-def packed(files: str, tokenizer: PreTrainedTokenizerBase, context: int) -> IterableDataset:
-    """Sequences of `context` token ids, one after the other through the text; `labels` are the same."""
-
-    def pack(lines: Mapping[str, list[str]]) -> dict[str, list[list[int]]]:
-        text = "\n".join(lines["text"])
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        sequences = [ids[i : i + context] for i in range(0, len(ids) - context + 1, context)]
-        return {"input_ids": sequences, "labels": sequences}
-
-    return lines_of(files).map(pack, batched=True, batch_size=LINES, remove_columns=["text"])
-
-
-def model_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A model with random weights, by the seed of the training."""
-    kind = recipe["model"]
-    config, model = KINDS[kind]
-    torch.manual_seed(recipe["training"].get("seed", 0))
-    built = model(
-        config(
-            vocab_size=len(tokenizer),
-            max_position_embeddings=recipe["data"]["context"],
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            **recipe["sizes"],
-            **recipe[kind],
-        )
-    )
-    with torch.no_grad():
-        for name, how in recipe["initialise"].items():
-            for parameter in named(built, name):
-                INITIALISE[next(iter(how))](parameter, next(iter(how.values())))
-    for parameter in chain.from_iterable(named(built, name) for name in recipe["freeze"]):
-        parameter.requires_grad_(False)
-    return built
-
-
-INITIALISE = {
-    "value": torch.nn.init.constant_,
-    "std": lambda parameter, std: torch.nn.init.normal_(parameter, std=std),
-    "scale": lambda parameter, factor: parameter.mul_(factor),
-}
-
-
-def named(model: PreTrainedModel, name: str) -> Iterator[torch.nn.Parameter]:
-    """The parameters whose names end so. Exits where there are none."""
-    found = [parameter for full, parameter in model.named_parameters() if f".{full}".endswith(f".{name}")]
-    if not found:
-        raise SystemExit(f"{type(model).__name__} has no parameter whose name ends with {name!r}.")
-    yield from found
-
-
-def without_folders(recipe: Recipe) -> Recipe:
-    """The recipe with the names of its files alone: where they lie says nothing to whoever reads the log."""
-
-    def without(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: without(inner) for name, inner in value.items()}
-        return Path(value).name if isinstance(value, str) else value
-
-    return recipe | {name: without(recipe[name]) for name in ("data", "tokenizer")}
-
-
-class RatedTrainer(Trainer):
-    """A Trainer with other learning rates for some parameters: by their last names, factors on the rate of the rest."""
+class OrderedTrainer(Trainer):
+    """A Trainer that takes sequences in their order, with weight decay on matrices only and several learning rates."""
 
     def __init__(self, rates: dict[str, float], **arguments: Any):
         super().__init__(**arguments)
         self.rates = rates
 
-    def create_optimizer(self, *model: PreTrainedModel) -> torch.optim.Optimizer:
-        """Transformers' own, with more groups. The model is an argument in some versions, and may be another one."""
-        if self.optimizer is not None:
-            return self.optimizer
-        optimizer = super().create_optimizer(*model)
-        trained = next(filter(None, model), self.model)
-        for name, factor in self.rates.items():
-            own = {id(parameter) for parameter in named(trained, name)}
-            for group in list(optimizer.param_groups):
-                moved = [parameter for parameter in group["params"] if id(parameter) in own]
-                if moved:
-                    group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
-                    optimizer.add_param_group({**group, "params": moved, "lr": group["lr"] * factor})
-        return optimizer
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+    def create_optimizer(self, *model: PreTrainedModel | None) -> torch.optim.Optimizer:
+        """The recipe's, with groups of our own. The model is an argument in some versions, and may be another one."""
+        if self.optimizer is None:
+            trained = next(filter(None, model), self.model)
+            optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            groups = groups_of(trained, self.args.weight_decay, self.args.learning_rate, self.rates)
+            self.optimizer = optimizer(groups, **options)
+        return self.optimizer
 
 
 class Log(TrainerCallback):
-    """Lines of JSON: first what is trained, then losses; after a kill what the last checkpoint does not know is cut."""
+    """What is trained, then losses and speed; after a kill what the last checkpoint does not know is cut."""
 
-    def __init__(self, path: Path, recipe: Recipe, model: PreTrainedModel):
-        self.path = path
-        self.tokens_a_step = recipe["data"]["context"]
-        self.first = {
-            "recipe": without_folders(recipe),
-            "parameters": model.num_parameters(),
-            "trained": model.num_parameters(only_trainable=True),
-            "flops_per_token": flops(model, torch.zeros(1, recipe["data"]["context"], dtype=torch.long))
-            / recipe["data"]["context"],
-            "versions": {
-                "finedeep": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-        }
+    def __init__(self, path: Path, recipe: Recipe, model: PreTrainedModel, tokens_a_step: int):
+        self.path, self.tokens_a_step = path, tokens_a_step
+        self.first = first_line(recipe, model)
         self.begin = 0.0
+        self.mark: tuple[int, float] | None = None  # a step, and when training went on after it
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         self.begin = time.perf_counter()
-        self.tokens_a_step *= args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        if not state.is_world_process_zero:
-            return
-        before = self.path.read_text(encoding="utf-8").splitlines() if state.global_step else []
-        kept = [line for line in before if json.loads(line).get("step", 0) <= state.global_step]
-        self.path.write_text("\n".join([*(kept or [json.dumps(self.first)]), ""]), encoding="utf-8")
-        print(f"{self.first['parameters']:,} parameters, {self.first['flops_per_token']:,.0f} FLOPs per token")
+        if state.is_world_process_zero:
+            begin_log(self.path, self.first, state.global_step)
+            print(f"{self.first['parameters']:,} parameters, {self.first['flops_per_token']:,.0f} FLOPs per token")
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.mark is None:  # the first step compiles
+            self.go_on(state)
+
+    def on_evaluate(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.go_on(state)
+
+    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.go_on(state)
+
+    def go_on(self, state: Any) -> None:
+        """Measure speed from here on."""
+        self.mark = state.global_step, time.perf_counter()
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         kept = {name: value for name, value in (logs or {}).items() if LOGGED.fullmatch(name)}
@@ -256,8 +135,11 @@ class Log(TrainerCallback):
             "seconds": round(time.perf_counter() - self.begin, 1),
             **kept,
         }
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        if "loss" in kept and self.mark and (steps := state.global_step - self.mark[0]):
+            passed = time.perf_counter() - self.mark[1]
+            line |= speed(steps * self.tokens_a_step, passed, self.first["flops_per_token"], args.world_size)
+            self.go_on(state)
+        add_to_log(self.path, line)
 
 
 if __name__ == "__main__":

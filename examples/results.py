@@ -24,10 +24,10 @@ from finedeep.eval.inspection import TAU
 from finedeep.eval.plots import STYLE, activations
 from finedeep.eval.scores import Score
 from finedeep.eval.table import aligned_markdown
-from grid import slug
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from recipe import slug
 
 HERE = Path(__file__).parent
 LOGS, PAGE, GRID = HERE / "logs", HERE / "RESULTS.md", HERE / "grid.yaml"

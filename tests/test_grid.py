@@ -22,6 +22,7 @@ sys.path.insert(0, str(EXAMPLES))
 import grid  # noqa: E402
 import mix  # noqa: E402
 import pretrain  # noqa: E402
+import recipe as recipes  # noqa: E402
 import results  # noqa: E402
 
 
@@ -182,7 +183,7 @@ def test_models_that_are_compared_are_of_one_size(whole_grid):
     flops_apart = {"0.3m/dense-more-layers": 0.09}
     flops_apart |= dict.fromkeys(("0.1m-3x/m-4-k-4", "0.1m-3x/m-2-k-8-sandwich-norm"), 0.017)
     sizes, ids = {}, torch.zeros(1, 128, dtype=torch.long)
-    for name, changes in grid.runs_of(whole_grid):
+    for name, changes in recipes.runs_of(whole_grid):
         place = name.rsplit("/", 1)[0]
         if place not in sizes:
             model = built(whole_grid, changes)
@@ -195,17 +196,17 @@ def test_models_that_are_compared_are_of_one_size(whole_grid):
 
 
 def test_every_model_in_a_table_is_trained(whole_grid):
-    trained = {name.split("/")[1] for name, _ in grid.runs_of(whole_grid)}
+    trained = {name.split("/")[1] for name, _ in recipes.runs_of(whole_grid)}
     shown = [*whole_grid["tables"].values(), *(whole_grid[name] for name in ("rates", "curves", "histograms"))]
     named = [model for table in shown for model in table["models"]]
-    assert {grid.slug(model) for model in named} <= trained
+    assert {recipes.slug(model) for model in named} <= trained
     assert set(whole_grid["models"]) >= set(named)
 
 
 def test_every_run_has_a_name_of_its_own(whole_grid):
-    names = [name for name, _ in grid.runs_of(whole_grid)]
+    names = [name for name, _ in recipes.runs_of(whole_grid)]
     assert len(names) == len(set(names)) > 20
-    assert len({grid.slug(model) for model in whole_grid["models"]}) == len(whole_grid["models"])
+    assert len({recipes.slug(model) for model in whole_grid["models"]}) == len(whole_grid["models"])
 
 
 def test_the_page_is_that_of_the_committed_logs(monkeypatch, tmp_path):
@@ -226,7 +227,7 @@ def test_the_page_is_that_of_the_committed_logs(monkeypatch, tmp_path):
 
 
 def test_the_logs_are_of_the_grid_and_name_no_folder(whole_grid):
-    names = {f"{name}.jsonl" for name, _ in grid.runs_of(whole_grid)}
+    names = {f"{name}.jsonl" for name, _ in recipes.runs_of(whole_grid)}
     found = {str(path.relative_to(results.LOGS)): path for path in results.LOGS.rglob("*.jsonl")}
     assert found.keys() == names
     for path in found.values():
