@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from three_models import TEXT, load, same, tokenizer_of
+from three_models import TEXT, same, tokenizer_of
+from three_models import load as load_whole
 
 pytest_plugins = "three_models"
 pytest.importorskip("trl")
@@ -10,7 +11,18 @@ pytest.importorskip("trl")
 from datasets import Dataset  # noqa: E402
 from peft import LoraConfig, TaskType  # noqa: E402
 from transformers import AutoModelForSequenceClassification  # noqa: E402
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer  # noqa: E402
+from trl import (  # noqa: E402
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 STEPS = 3
 QUIET = {"max_steps": STEPS, "logging_steps": 1, "report_to": [], "use_cpu": True, "bf16": False, "disable_tqdm": True}
@@ -27,13 +39,26 @@ ANSWERS = [{"prompt": text[:20], "completion": text[20:40], "label": i % 2 == 0}
 PROMPTS = [{"prompt": text[:20]} for text in TEXTS]
 
 
+def load(folder):
+    """Without training the routers, which the dense model has not: all losses are then the same."""
+    return frozen(load_whole(folder))
+
+
+def frozen(model):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("router" not in name)
+    return model
+
+
 def lora(task=TaskType.CAUSAL_LM):
     return LoraConfig(r=4, target_modules="all-linear", task_type=task, lora_dropout=0.0, init_lora_weights=True)
 
 
 def scored(folder):
-    return AutoModelForSequenceClassification.from_pretrained(
-        folder, trust_remote_code=True, num_labels=1, pad_token_id=258
+    return frozen(
+        AutoModelForSequenceClassification.from_pretrained(
+            folder, trust_remote_code=True, num_labels=1, pad_token_id=258
+        )
     )
 
 
@@ -61,8 +86,6 @@ def dpo(folder, place, adapter=None):
 
 
 def kto(folder, place):
-    from trl.experimental.kto import KTOConfig, KTOTrainer
-
     options = {"train_dataset": Dataset.from_list(ANSWERS), "processing_class": tokenizer_of(folder)}
     return KTOTrainer(load(folder), ref_model=load(folder), args=KTOConfig(place, **QUIET, max_length=64), **options)
 
@@ -110,11 +133,11 @@ def losses_of(make, folder, place):
 
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_a_trainer_gives_m_1_the_dense_models_losses(folders, tmp_path, kind):
-    # Adapters start at random in an order of their own, and routers are trained too: the first losses are equal.
     losses = {name: losses_of(TRAINERS[kind], folder, tmp_path / name) for name, folder in folders.items()}
     print(kind, losses)
     assert all(len(found) == STEPS for found in losses.values())
-    same({name: found[0] for name, found in losses.items()}, 1e-4)
+    for step in range(STEPS):
+        same({name: found[step] for name, found in losses.items()}, 1e-3)
 
 
 @pytest.mark.parametrize("kind", SAMPLING)
