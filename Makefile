@@ -1,6 +1,8 @@
 # make demo   train, convert and score a small model here (about two minutes after the installation)
 # make test   lint and tests (about eight minutes on two cores)
 # make test-matrix   the tests in every supported version of transformers (half an hour)
+# make test-newest   the same with the newest of every dependency; before every release (a quarter of an hour)
+# make test-programs   TRL, llm-compressor, ONNX and other programs around a model (a quarter of an hour)
 # make bench   speed and memory beside dense Llama, into benchmarks/ (most of an hour; leave the machine alone)
 # make gpu-grid TRAIN=BOOKS.txt.xz AUTHOR=OTHER.txt   ten minutes of training on a GPU, with PYTHON as it is
 # The others make their own .venv with pinned versions first. PYTHON chooses the interpreter, 3.11 or newer.
@@ -11,10 +13,11 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-browser test-official test-matrix bench gpu-grid lint format clean
+.PHONY: help demo test test-slow test-browser test-official test-matrix test-newest test-programs bench gpu-grid lint \
+	format clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -5
+	@sed -n 's/^# //p' Makefile | head -8
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@echo 'Installing into $(VENV), once; this takes a few minutes ...'
@@ -44,6 +47,12 @@ test-official: $(INSTALLED)
 
 test-matrix: $(INSTALLED)
 	$(BIN)/python tests/matrix.py
+
+test-newest: $(INSTALLED)
+	$(BIN)/python tests/newest.py
+
+test-programs: $(INSTALLED)
+	$(BIN)/python tests/programs/run.py
 
 bench: $(INSTALLED)
 	$(BIN)/python -m finedeep.benchmarks --output benchmarks --readme README.md

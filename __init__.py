@@ -6,7 +6,7 @@ Importing the package registers the model with transformers' Auto classes.
 import transformers
 
 from . import modeling_finedeep
-from .configuration_finedeep import AUTO_MAP, FinedeepConfig
+from .configuration_finedeep import AUTO_MAP, FinedeepConfig, __version__
 from .modeling_finedeep import (
     FinedeepForCausalLM,
     FinedeepForQuestionAnswering,
@@ -15,7 +15,6 @@ from .modeling_finedeep import (
     FinedeepModel,
     FinedeepPreTrainedModel,
 )
-from .version import __version__
 
 transformers.AutoConfig.register(FinedeepConfig.model_type, FinedeepConfig, exist_ok=True)
 FinedeepConfig.register_for_auto_class()

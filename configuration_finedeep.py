@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import LlamaConfig, Qwen3Config
 
+# The package's version. It travels with the code, and is read from it without running it.
+__version__ = "0.2.0"
+
 
 class RoutingFunction(NamedTuple):
     """How scores s (batch, seq, K) become gates, before the factor c."""
@@ -169,6 +172,7 @@ class FinedeepConfig(LlamaConfig):  # trf-ignore: TRF057
             no_rope_layers = _per_layer("no_rope_layers", no_rope_layers, num_layers, PER_LAYER["no_rope_layers"])
         self.no_rope_layers = no_rope_layers
         kwargs["auto_map"] = dict(AUTO_MAP)
+        kwargs["finedeep_version"] = __version__  # of the code that writes config.json, not of what it was read from
         super().__init__(**_readable_by_every_version(kwargs))
         self.attention_output_bias = _boolean(
             "attention_output_bias", self.attention_bias if attention_output_bias is None else attention_output_bias

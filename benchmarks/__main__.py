@@ -14,7 +14,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from ..version import __version__
+from ..configuration_finedeep import __version__
 from . import cases, growth, memory, results, starting, timing
 from .models import DTYPES, SHAPES, largest_difference, parameters_of
 from .processor import processor

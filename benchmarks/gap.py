@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..version import __version__
+from ..configuration_finedeep import __version__
 from .gap_curve import draw, left_of
 from .readme import put_into_readme
 from .results import markdown

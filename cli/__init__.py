@@ -13,6 +13,7 @@ SUBCOMMANDS = {
     "heal": "train a converted model on, to say what its dense teacher says",
     "export": "turn a Finedeep checkpoint that is a dense model back into one",
     "push": "publish a Finedeep checkpoint on the Hub, with a model card, and check that it arrived",
+    "refresh": "bring the code of a Finedeep model up to the installed version's, weights untouched",
     "eval": "score a model with lm-evaluation-harness, and compare it with its dense baseline",
     "inspect": "measure how sparse a model's activations are, and what its gates do",
     "demo": "train, convert and score a small model here, with no download",

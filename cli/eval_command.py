@@ -87,8 +87,12 @@ def run(arguments: argparse.Namespace) -> None:
     from finedeep.eval.harness import require_harness
 
     require_harness()
+    from finedeep.convert.code_files import advice
+    from finedeep.eval.processes import is_first_process
     from finedeep.eval.study import score, study
 
+    if is_first_process() and (line := advice(model, given["model_args"].get("revision"))):
+        print(line, file=sys.stderr, flush=True)
     done = (
         study(model, baseline, progress=not quiet, **given) if baseline else score(model, progress=not quiet, **given)
     )

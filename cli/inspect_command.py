@@ -12,6 +12,7 @@ examples:
 """
 
 import argparse
+import sys
 
 from .argument_types import DTYPES, device, positive_int
 
@@ -33,8 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Inspect and print a table."""
+    from finedeep.convert.code_files import advice
     from finedeep.eval.inspection import inspect, prepare, save, table_of
 
+    if line := advice(arguments.model):
+        print(line, file=sys.stderr)
     if arguments.output:
         prepare(arguments.output)
     models = {"dense": arguments.baseline} if arguments.baseline else {}

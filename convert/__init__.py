@@ -5,6 +5,7 @@ from .errors import ConversionError
 from .export import export_checkpoint
 from .neurons import register_assignment
 from .publish import push_folder
+from .refresh import refresh_code
 
 __all__ = [
     "Conversion",
@@ -13,5 +14,6 @@ __all__ = [
     "export_checkpoint",
     "plan_conversion",
     "push_folder",
+    "refresh_code",
     "register_assignment",
 ]

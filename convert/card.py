@@ -10,6 +10,7 @@ from .errors import ConversionError
 from .source import read_json
 
 PAPER = "2502.12928"
+CARD = "README.md"
 COMPARISON = "comparison.json"
 TEMPLATE = """---
 {{ card_data }}
@@ -43,6 +44,7 @@ tokenizer = AutoTokenizer.from_pretrained("{{ repo_id }}", revision="{{ revision
 
 {{ comparison }}
 {% endif %}
+{% if checked_with %}Checked with {{ checked_with }}.{% endif %}
 {% if receipt_file %}How it was made is in [`{{ receipt_file }}`]({{ receipt_file }}).{% endif %}
 """
 GATES = {"sigmoid": "a sigmoid", "softmax": "a softmax over its sub-layer's experts"}
@@ -53,7 +55,7 @@ LICENCE_FIELDS = ("license", "license_name", "license_link")
 def licence_of(folder: Path) -> dict[str, str]:
     """What the card of a checkpoint says of its licence: some of license, license_name and license_link."""
     try:
-        data = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.to_dict()
+        data = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.to_dict()
     except Exception:  # no card, or one that is no card: a stranger's file
         return {}
     return {field: data[field] for field in LICENCE_FIELDS if isinstance(data.get(field), str)}
@@ -140,8 +142,13 @@ def make_card(
     receipt: Mapping[str, Any] | None,
     scores: list[EvalResult],
     comparison: str | None = None,
+    checked_with: Mapping[str, str] | None = None,
 ) -> ModelCard:
-    """The card of the model at `revision` of `repo_id`; `config` is its config.json, `comparison` is Markdown."""
+    """The card of the model at `revision` of `repo_id`.
+
+    `config` is its config.json, `comparison` is Markdown, `checked_with` has the version of each package with which the
+    model was loaded and run.
+    """
     source = (receipt or {}).get("source", {})
     origin = source.get("id", "")
     is_hub_id = origin.count("/") == 1 and source.get("revision")
@@ -172,5 +179,6 @@ def make_card(
         revision=revision,
         parameters={k: f"{v:,}" for k, v in receipt["parameters"].items()} if receipt else None,
         comparison=comparison,
+        checked_with=", ".join(f"{name} {version}" for name, version in (checked_with or {}).items()),
         receipt_file="finedeep_conversion.json" if receipt else None,
     )

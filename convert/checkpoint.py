@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .. import modeling_finedeep
 from .calibration import Calibration, LayerErrors, best_device
+from .code_files import copy_code
 from .destination import DIFFERENCES, check_free, check_room, whole_folder
 from .errors import ConversionError
 from .hashing import sha256
@@ -29,7 +29,6 @@ from .tensors import made
 from .tokenization import keep_tokens
 from .whole_file import write_whole
 
-CODE_FILES = tuple(sorted(Path(modeling_finedeep.__file__).parent.glob("*_finedeep.py")))
 SMALL_FILES = 50 * 10**6  # a generous share of the disk for tokenizer, code and configuration
 
 
@@ -103,8 +102,7 @@ def convert_checkpoint(
         write_index(folder, plan.shards)
         plan.config.save_pretrained(folder)
         _write_companions(folder, plan.dense)
-        for file in CODE_FILES:
-            shutil.copyfile(file, folder / file.name)
+        copy_code(folder)
         keep_tokens(plan.dense.folder, folder)
         found = {name: future.result() for name, future in hashes.items()}
         is_folder = Path(source).is_dir()

@@ -26,6 +26,7 @@ from transformers import (
 from ..configuration_finedeep import FinedeepConfig
 from ..modeling_finedeep import FinedeepForCausalLM
 from .calibration_text import SELF, held_out
+from .code_files import copy_code
 from .destination import LOCK, alone, check_free, differing, whole_folder
 from .errors import ConversionError, check_whole_number
 from .hashing import sha256
@@ -448,6 +449,7 @@ def _save(
             student.save_pretrained(folder, state_dict=state)
             (folder / "generation_config.json").unlink(missing_ok=True)  # it was the training's
             config.save_pretrained(folder)  # which names the dtype of the file, not of the training
+            copy_code(folder)
             _write_companions(model, folder, o, files, healed)
         shutil.rmtree(trainer.args.output_dir, ignore_errors=True)  # its lock is open, which some file systems mind
     trainer.accelerator.wait_for_everyone()

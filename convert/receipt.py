@@ -72,7 +72,12 @@ def versions(*others: str) -> dict[str, str]:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON for people to read."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_bytes(as_json(content))
+
+
+def as_json(content: Mapping[str, Any]) -> bytes:
+    """JSON for people to read."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def read_receipt(path: Path) -> dict[str, Any]:

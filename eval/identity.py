@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers.utils import cached_file
 
-from ..version import __version__
+from ..configuration_finedeep import __version__
 
 PACKAGES = ("torch", "transformers", "lm_eval", "scipy")
 # The files of a model's folder that decide its answers.

@@ -1,5 +1,6 @@
 """Shared fixtures: tiny dense checkpoints made on the spot, and the real one where it is at hand."""
 
+import inspect
 import os
 import shutil
 import tempfile
@@ -17,10 +18,13 @@ if not os.path.exists("/dev/nvidia0"):
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
 # Real data for larger checks. It is not part of the project.
 DATA = Path(os.environ.get("FINEDEEP_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+# What this version of transformers calls the cache that a model is given and gives back.
+CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 TINY = {
     "vocab_size": 260,

@@ -11,7 +11,10 @@ import traceback
 PREAMBLE = """
 import sys
 sys.modules["finedeep"] = None  # importing the project raises ImportError
-import json
+import json, warnings
+# as in pytest.ini
+warnings.filterwarnings("error", category=DeprecationWarning, module="transformers_modules")
+warnings.filterwarnings("error", category=FutureWarning, module=r"transformers_modules|torch\\.nn\\.modules\\.module")
 """
 # A server that has imported what takes seconds, and nothing of this project, forks the processes; Python has but one.
 FORKS = multiprocessing.get_context("forkserver")

@@ -5,6 +5,7 @@ import torch
 import transformers
 from conftest import TINY, random_model
 from finedeep import FinedeepConfig, FinedeepForCausalLM
+from finedeep.convert.code_files import CODE_FILES
 from isolated import run_isolated
 
 
@@ -130,12 +131,7 @@ def test_every_head_saves_itself_whole(saved_again, head):
     found = saved_again[head]
     assert found["equal"]
     assert found["missing"] == []
-    assert found["code"] == [
-        "configuration_finedeep.py",
-        "kernels_finedeep.py",
-        "modeling_finedeep.py",
-        "operators_finedeep.py",
-    ]
+    assert found["code"] == [file.name for file in CODE_FILES]
     assert found["auto_map"]["AutoModelForCausalLM"] == "modeling_finedeep.FinedeepForCausalLM"
     assert len(found["auto_map"]) == 6
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import TINY, byte_tokenizer
+from conftest import CACHE, TINY, byte_tokenizer
 from finedeep.convert import ConversionError, convert_checkpoint
 from finedeep.convert.families import FAMILIES, REFUSED
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
@@ -72,8 +72,8 @@ def make_family(folder, model_type, changes, dtype=torch.float32):
 def token_by_token(model, ids):
     cache, steps = None, []
     for t in range(ids.shape[1]):
-        out = model(ids[:, t : t + 1], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(ids[:, t : t + 1], **{CACHE: cache}, use_cache=True)
+        cache = out[CACHE]
         steps.append(out.logits)
     return torch.cat(steps, dim=1)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import CACHE, TINY
 from finedeep import FinedeepConfig, FinedeepForCausalLM
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -101,8 +101,8 @@ def test_cached_and_padded_logits_are_those_of_the_whole_text(prompts, routing):
         padded = model(ids, attention_mask=mask).logits[1:, 5:]
         cache, steps = None, []
         for t in range(alone.shape[1]):
-            out = model(alone[:, t : t + 1], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(alone[:, t : t + 1], **{CACHE: cache}, use_cache=True)
+            cache = out[CACHE]
             steps.append(out.logits)
     torch.testing.assert_close(padded, whole, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-4, atol=1e-4)
