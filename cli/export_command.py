@@ -9,6 +9,9 @@ examples:
 """
 
 import argparse
+from pathlib import Path
+
+from finedeep_files.working_folder import WorkingFolder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Export and say where."""
+    WorkingFolder(Path(arguments.destination)).check()
     from finedeep.convert import export_checkpoint
 
     folder = export_checkpoint(

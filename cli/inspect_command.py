@@ -12,6 +12,9 @@ examples:
 """
 
 import argparse
+from pathlib import Path
+
+from finedeep_files.working_folder import WorkingFolder
 
 from .argument_types import DTYPES, device, positive_int
 
@@ -26,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens", type=positive_int, default=65_536, metavar="N", help="of the text at most (default: %(default)s)"
     )
     option("--output", metavar="DIR", help="where to write inspection.json and the figures, as PNG and SVG")
+    option("--overwrite", action="store_true", help="replace an inspection in --output, its own files only")
     option("--device", type=device, help="such as cpu or cuda:0 (default: a GPU where there is one)")
     option("--dtype", default="auto", choices=DTYPES, help="default: auto, the checkpoint's own")
     option("--quiet", action="store_true", help="no progress bar")
@@ -33,10 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Inspect and print a table."""
+    if arguments.output:
+        WorkingFolder(Path(arguments.output), overwrite=arguments.overwrite).check()
     from finedeep.eval.inspection import inspect, prepare, save, table_of
 
     if arguments.output:
-        prepare(arguments.output)
+        prepare(arguments.output, arguments.overwrite)
     models = {"dense": arguments.baseline} if arguments.baseline else {}
     models["finedeep" if arguments.baseline else "model"] = arguments.model
     found = {
@@ -52,5 +58,5 @@ def run(arguments: argparse.Namespace) -> None:
     }
     print(table_of(found))
     if arguments.output:
-        for path in save(found, arguments.output):
+        for path in save(found, arguments.output, arguments.overwrite):
             print(path)

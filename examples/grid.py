@@ -24,8 +24,8 @@ from threading import Lock
 from typing import Any
 
 import yaml
-from finedeep.convert.whole_file import write_whole
 from finedeep.eval.inspection import inspect
+from finedeep_files.whole_file import write_whole
 from tqdm import tqdm
 
 HERE = Path(__file__).parent

@@ -80,7 +80,7 @@ def done(dense, cut, questions, tmp_path_factory):
 def test_the_folder_holds_the_harness_results_and_the_comparison(done, dense):
     assert len(list(done.rglob("results_*.json"))) == 2
     assert len(list(done.rglob("samples_*.jsonl"))) == 4
-    assert not (done / ".unfinished").exists()
+    assert [path.name for path in done.parent.iterdir()] == ["results"]
     comparison = json.loads((done / "comparison.json").read_text())
     rows = {(row["task"], row["metric"]): row for row in comparison["tasks"]}
     samples = {}
@@ -190,7 +190,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, capsys):
             break
     process.send_signal(signal.SIGKILL)
     process.wait()
-    work = output / ".unfinished"
+    work = tmp_path / ".out.unfinished"
     assert list(work.rglob("local_a.json"))
     assert not list(output.rglob("results_*.json"))
 
@@ -589,14 +589,16 @@ def test_results_that_cannot_be_written_leave_the_answers(tmp_path, capsys, dens
     out = tmp_path / "out"
     assert command(model, "--local", questions, "--limit", 2, "--output", out) == 2
     assert "could not be written" in capsys.readouterr().err
-    assert (out / ".unfinished/plan.json").is_file()
+    assert list((tmp_path / ".out.unfinished/model").glob("answers-*"))
 
 
-def test_answers_of_nobody_knows_which_model_are_not_used(tmp_path, dense, questions):
-    work = tmp_path / "out/.unfinished"
-    (work / "model").mkdir(parents=True)
-    (work / "model/answers-0_rank0.db").write_text("not even a database")
-    assert command(dense, "--local", questions, "--limit", 2, "--output", tmp_path / "out", "--quiet") == 0
+def test_answers_of_nobody_knows_which_model_are_neither_used_nor_removed(tmp_path, capsys, questions):
+    answers = tmp_path / ".out.unfinished/model/answers-0_rank0.db"
+    answers.parent.mkdir(parents=True)
+    answers.write_text("not even a database")
+    assert command("any", "--local", questions, "--output", tmp_path / "out", "--overwrite") == 2
+    assert ".out.unfinished holds model/answers-0_rank0.db, and no plan.json" in capsys.readouterr().err
+    assert answers.read_text() == "not even a database"
 
 
 @pytest.mark.parametrize(
