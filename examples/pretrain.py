@@ -7,7 +7,7 @@
 The recipe says what is trained on what (examples/recipes); --set changes a field of it. The text streams from the disk
 and is packed into sequences, in the same order for every model of one data.seed. Losses go to OUT/log.jsonl and
 checkpoints to OUT/checkpoint-N: the same command again goes on from the last one, with the losses that an unbroken run
-would have had. The trained model is in OUT/model.
+would have had. The trained model is in OUT/model; a finished run is left as it is.
 """
 
 import argparse
@@ -43,6 +43,7 @@ KINDS = {"llama": (LlamaConfig, LlamaForCausalLM), "finedeep": (FinedeepConfig, 
 LINES = 1000  # of the text that are tokenised and packed at a time
 FOR_TOKENIZER = 40  # times as many lines
 LOGGED = re.compile("loss|eval_(.+_)?loss|grad_norm|learning_rate")
+DONE = "finished"  # an empty file that is made last
 SHUFFLED = 2000  # sequences among which the next one is drawn
 Recipe = dict[str, Any]
 
@@ -72,7 +73,10 @@ def changed(recipe: Recipe, changes: Iterable[str]) -> Recipe:
 
 
 def pretrain(recipe: Recipe, out: Path) -> None:
-    """Train as the recipe says. Losses are in nats per token."""
+    """Train as the recipe says, unless that is done. Losses are in nats per token."""
+    if (out / DONE).exists():
+        print(f"{out / 'model'} is finished: there is nothing left to train. Remove {out} to train anew.")
+        return
     arguments = TrainingArguments(
         output_dir=str(out),
         eval_strategy="steps",
@@ -100,6 +104,8 @@ def pretrain(recipe: Recipe, out: Path) -> None:
         trainer.evaluate()
     trainer.save_model(out / "model")
     tokenizer.save_pretrained(out / "model")
+    if trainer.is_world_process_zero():
+        (out / DONE).touch()
 
 
 def validation_of(data: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -82,6 +82,16 @@ def test_both_kinds_learn_from_the_same_text_and_report_their_sizes(trained):
     assert len(tokenizers) == 1
 
 
+def test_a_finished_run_is_neither_trained_on_nor_logged_again(trained, recipe, capsys):
+    """With another field too, such as more steps: what is there would be another run's."""
+    out = trained / "finedeep"
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for changes in ((), ("training.max_steps=80",)):
+        pretrain(with_fields(recipe, *changes), out)
+        assert "model is finished" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
 def command(recipe, out, *launcher):
     out.parent.mkdir(exist_ok=True)
     path = out.with_suffix(".yaml")
