@@ -143,16 +143,14 @@ def _contents(plan: Plan) -> Contents:
     """All files of a conversion. A text is quickly read again; one that was sampled is worth keeping."""
     shards = [shard.file_name for shard in plan.shards]
     code = [file.name for file in CODE_FILES]
-    layers = LAYER.format("*")
+    layers = [LAYER.format("*")] if plan.options.calibrates else []
+    windows = [WINDOWS] if layers else []
+    sampled = windows if plan.options.calibrate == SELF else []
     return Contents(
         command="convert",
         result=(*shards, INDEX, "config.json", *code, *COMPANIONS, NEURONS, RECEIPT),
-        private=(WINDOWS, layers, DIFFERENCES),
-        kept=(
-            *(f"result/{name}" for name in (*shards, NEURONS)),
-            layers,
-            *([WINDOWS] * (plan.options.calibrate == SELF)),
-        ),
+        private=(*windows, *layers, DIFFERENCES),
+        kept=(*(f"result/{name}" for name in (*shards, NEURONS)), *layers, *sampled),
         receipt=RECEIPT,
     )
 

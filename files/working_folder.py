@@ -217,6 +217,9 @@ class WorkingFolder:
         replaced = self.path / REPLACED
         if found is None and os.path.lexists(self.path / PLAN):
             yield self.path / PLAN
+        lock = self.path / LOCK
+        if lock.is_file() and lock.stat().st_size:  # ours is empty
+            yield lock
         for path in strangers(self.path, _own(found) if found else Names([PLAN, LOCK])):
             if replaced not in path.parents:
                 yield path

@@ -22,6 +22,7 @@ from finedeep_cli import heal_command, main
 from finedeep_files.working_folder import Contents, WorkingFolder
 from hub_server import commit_id, running_hub
 from safetensors.torch import load_file
+from test_convert import fingerprint
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 TESTS = Path(__file__).parent
@@ -497,3 +498,30 @@ def test_a_field_is_name_and_value(capsys, value):
     with pytest.raises(SystemExit):
         main(["heal", "a", "b", "--set", value])
     assert "is not NAME=VALUE" in capsys.readouterr().err
+
+
+def test_a_source_with_a_folder_of_licences_and_a_finished_run_repeated(tmp_path, dense, cut, monkeypatch):
+    """Copied, the folder made healing fail after all its training, and again on --resume."""
+    model = shutil.copytree(cut, tmp_path / "model")
+    (model / "LICENSES").mkdir()
+    (model / "LICENSES/MIT.txt").write_text("Permission is hereby granted")
+    (model / "LICENSE").write_text("MIT")
+    options = {**QUICK, "steps": 2, "teacher": str(dense)}
+    with monkeypatch.context() as patch:
+        patch.setattr("finedeep.convert.healing._save", lambda *_: (_ for _ in ()).throw(RuntimeError("disk is gone")))
+        with pytest.raises(RuntimeError, match="--resume continues from it, --overwrite starts again"):
+            heal(model, tmp_path / "out", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(HealingTrainer, "training_step", lambda *_: pytest.fail("trained again"))
+        heal(model, tmp_path / "out", resume=True, **options)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}
+    assert (tmp_path / "out/LICENSE").read_text() == "MIT"
+    receipt = json.loads((tmp_path / "out" / HEALING).read_text())
+    assert receipt["files"] == sorted(path.name for path in (tmp_path / "out").iterdir())
+    before = fingerprint(tmp_path)
+    monkeypatch.setattr("finedeep.convert.healing.open_checkpoint", lambda *_: pytest.fail("looked for the model"))
+    with pytest.raises(ConversionError, match=r"is not empty but finished\. --overwrite replaces it; --resume is for"):
+        heal(model, tmp_path / "out", **options)
+    with pytest.raises(ConversionError, match="is finished: there is nothing to resume"):
+        heal(model, tmp_path / "out", resume=True, **options)
+    assert fingerprint(tmp_path) == before

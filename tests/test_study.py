@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from html.parser import HTMLParser
+from pathlib import Path
 
 import datasets
 import pytest
@@ -22,6 +23,7 @@ from finedeep.eval import EvaluationError, cost, evaluate
 from finedeep.eval.harness import SUITE
 from finedeep.eval.identity import identity_of
 from finedeep.eval.kept import KeptAnswers
+from finedeep.eval.output import name_of
 from finedeep.eval.scores import scores_of
 from finedeep.eval.tokenization import check_same_tokenizer
 from finedeep_cli import main
@@ -590,6 +592,36 @@ def test_results_that_cannot_be_written_leave_the_answers(tmp_path, capsys, dens
     assert command(model, "--local", questions, "--limit", 2, "--output", out) == 2
     assert "could not be written" in capsys.readouterr().err
     assert list((tmp_path / ".out.unfinished/model").glob("answers-*"))
+
+
+def test_results_of_a_folder_here_are_not_hidden_and_never_mixed(tmp_path, capsys, monkeypatch, dense, questions):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(dense, tmp_path / "llama")
+    words = ["./llama", "--local", questions, "--limit", 2, "--output", "out", "--quiet"]
+    assert command(*words) == 0
+    (old,) = tmp_path.glob("out/llama/results_*.json")
+    listed = json.loads((tmp_path / "out/finedeep_results.json").read_text())["files"]
+    assert sorted(listed) == sorted(p.relative_to("out").as_posix() for p in Path("out").rglob("*") if p.is_file())
+    assert not [path for path in tmp_path.rglob(".*") if path.name.startswith(".")]
+    capsys.readouterr()
+    assert command("./another", *words[1:]) == 2
+    assert "out is not empty but finished. --overwrite replaces it; --resume is for" in capsys.readouterr().err
+    (tmp_path / "out/notes.txt").write_text("mine")
+    assert command(*words, "--overwrite") == 2
+    assert "notes.txt is on no finished run's list" in capsys.readouterr().err
+    assert old.exists()
+    (tmp_path / "out/notes.txt").unlink()
+    assert command(*words, "--overwrite") == 0
+    (new,) = tmp_path.glob("out/llama/results_*.json")
+    assert new.name != old.name
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("./llama", "llama"), ("../models/llama", "models/llama"), ("org/llama", "org/llama"), (".hidden/x", "hidden/x")],
+)
+def test_names_of_results(model, name):
+    assert name_of(model) == name
 
 
 def test_answers_of_nobody_knows_which_model_are_neither_used_nor_removed(tmp_path, capsys, questions):
