@@ -37,7 +37,7 @@ from .loading_bars import without_loading_bars
 from .receipt import NEURONS, RECEIPT, read_receipt, versions, write_json
 from .shards import save_whole
 from .source import COMPANIONS, INDEX, WEIGHTS, DenseCheckpoint, check_finedeep, open_checkpoint
-from .training_checkpoints import whole_checkpoints
+from .training_checkpoints import train_to_the_end
 
 HEALING = "finedeep_healing.json"
 HIDDEN_STATES = 10.0  # measured: convert/README.md
@@ -270,8 +270,7 @@ def heal(
         )
         if not progress:
             trainer.remove_callback(PrinterCallback)
-        checkpoints = whole_checkpoints(training)
-        trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+        train_to_the_end(trainer, training)
         before = next(_losses(logs) for logs in trainer.state.log_history if "eval_loss" in logs)
         after = _losses(trainer.evaluate())
         if not all(map(math.isfinite, after.values())):

@@ -25,7 +25,7 @@ import transformers
 import yaml
 from datasets import IterableDataset, load_dataset
 from finedeep import FinedeepConfig, FinedeepForCausalLM, __version__
-from finedeep.convert.training_checkpoints import whole_checkpoints
+from finedeep.convert.training_checkpoints import train_to_the_end
 from finedeep.demo.dense import train_tokenizer
 from finedeep.eval.cost import flops
 from transformers import (
@@ -98,8 +98,7 @@ def pretrain(recipe: Recipe, out: Path) -> None:
         eval_dataset=validation_of(data, tokenizer),
         callbacks=[Log(out / "log.jsonl", recipe, model)],
     )
-    checkpoints = whole_checkpoints(out)
-    trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+    train_to_the_end(trainer, out)
     if trainer.state.global_step % arguments.eval_steps:
         trainer.evaluate()
     trainer.save_model(out / "model")

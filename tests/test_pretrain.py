@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
-from pretrain import changed, pretrain  # noqa: E402
+from pretrain import DONE, changed, pretrain  # noqa: E402
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -90,6 +91,15 @@ def test_a_finished_run_is_neither_trained_on_nor_logged_again(trained, recipe, 
         pretrain(with_fields(recipe, *changes), out)
         assert "model is finished" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_was_killed_after_its_last_step_takes_no_further_one(trained, recipe, tmp_path):
+    out = shutil.copytree(trained / "finedeep", tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in out.rglob("model.safetensors")}, lines_of(out)
+    shutil.rmtree(out / "model")
+    (out / DONE).unlink()
+    pretrain(with_fields(recipe), out)
+    assert ({path.name: path.read_bytes() for path in out.rglob("model.safetensors")}, lines_of(out)) == before
 
 
 def command(recipe, out, *launcher):
