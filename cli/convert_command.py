@@ -19,6 +19,7 @@ examples:
 import argparse
 from pathlib import Path
 
+from finedeep_files.inputs import check_model, check_text
 from finedeep_files.working_folder import WorkingFolder
 
 from .argument_types import non_negative_int, positive_int
@@ -130,6 +131,10 @@ def run(arguments: argparse.Namespace) -> None:
     """Convert and say what was made."""
     if not arguments.dry_run:
         WorkingFolder(Path(arguments.destination), resume=arguments.resume, overwrite=arguments.overwrite).check()
+    check_model(arguments.source)
+    for text in (arguments.calibrate, arguments.text):
+        if text not in (None, "self"):
+            check_text(text)
     from finedeep.convert import convert_checkpoint, plan_conversion
 
     given = vars(arguments).copy()

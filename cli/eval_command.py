@@ -32,6 +32,7 @@ import os
 import sys
 from pathlib import Path
 
+from finedeep_files.inputs import check_folder, check_model, check_text
 from finedeep_files.working_folder import WorkingFolder
 
 from .argument_types import DTYPES, batch, device, field, names, non_negative_int, positive_int
@@ -87,6 +88,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Score, compare and print."""
     if arguments.output:
         WorkingFolder(Path(arguments.output), resume=arguments.resume, overwrite=arguments.overwrite).check()
+    for model in filter(None, (arguments.model, arguments.baseline)):
+        check_model(model)
+    if arguments.text:
+        check_text(arguments.text)
+    for folder in filter(None, (arguments.local, arguments.include_path)):
+        check_folder(folder)
     given = {key: value for key, value in vars(arguments).items() if key != "run"}
     quiet, model, baseline = given.pop("quiet"), given.pop("model"), given.pop("baseline")
     given["model_args"] = dict(given["model_args"])

@@ -11,6 +11,7 @@ examples:
 import argparse
 from pathlib import Path
 
+from finedeep_files.inputs import check_model
 from finedeep_files.working_folder import WorkingFolder
 
 
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Export and say where."""
     WorkingFolder(Path(arguments.destination)).check()
+    check_model(arguments.source)
     from finedeep.convert import export_checkpoint
 
     folder = export_checkpoint(

@@ -23,6 +23,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from finedeep_files.inputs import check_model
 from finedeep_files.working_folder import WorkingFolder
 
 from .argument_types import field, positive_int
@@ -92,6 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Heal and say how far it went."""
     WorkingFolder(Path(arguments.destination), resume=arguments.resume, overwrite=arguments.overwrite).check()
+    for model in filter(None, (arguments.model, arguments.teacher)):
+        check_model(model)
     from finedeep.convert.healing import heal, is_main_process
 
     given = vars(arguments).copy()

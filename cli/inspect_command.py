@@ -14,6 +14,7 @@ examples:
 import argparse
 from pathlib import Path
 
+from finedeep_files.inputs import check_model, check_text
 from finedeep_files.working_folder import WorkingFolder
 
 from .argument_types import DTYPES, device, positive_int
@@ -39,6 +40,9 @@ def run(arguments: argparse.Namespace) -> None:
     """Inspect and print a table."""
     if arguments.output:
         WorkingFolder(Path(arguments.output), overwrite=arguments.overwrite).check()
+    for model in filter(None, (arguments.model, arguments.baseline)):
+        check_model(model)
+    check_text(arguments.text)
     from finedeep.eval.inspection import inspect, prepare, save, table_of
 
     if arguments.output:

@@ -115,6 +115,34 @@ def test_a_refusal_does_not_wait_for_torch(tmp_path):
     assert done.stdout == "{2} set()\n"
 
 
+MISSING = {
+    "convert --calibrate": ["convert", "model", "out", "--calibrate", "no.txt"],
+    "convert --assignment-text": ["convert", "model", "out", "--assignment-text", "no.txt"],
+    "convert SRC": ["convert", "./no", "out"],
+    "heal DIR": ["heal", "./no", "out", "--data", "any"],
+    "heal --teacher": ["heal", "model", "out", "--teacher", "./no"],
+    "eval MODEL": ["eval", "./no", "--tasks", "any"],
+    "eval --baseline": ["eval", "model", "--baseline", "./no", "--tasks", "any"],
+    "eval --text": ["eval", "model", "--baseline", "model", "--text", "no.txt", "--tasks", "any"],
+    "eval --local": ["eval", "model", "--local", "./no"],
+    "eval --include-path": ["eval", "model", "--tasks", "any", "--include-path", "./no"],
+    "inspect MODEL": ["inspect", "./no", "--text", "text.txt"],
+    "inspect --text": ["inspect", "model", "--text", "no.txt"],
+    "export SRC": ["export", "./no", "out"],
+}
+
+
+def test_nor_does_an_input_that_is_not_there(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "text.txt").touch()
+    script = f"import sys; from finedeep_cli import main; print([main(words) for words in {list(MISSING.values())}], "
+    script += "{'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == f"{[2] * len(MISSING)} set()\n"
+    assert all(re.search(r"no(\.txt)? (cannot be read: it )?does not exist; name", s) for s in done.stderr.splitlines())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.txt"]
+
+
 def test_whatever_ends_a_run_what_is_finished_is_kept(tmp_path):
     out = tmp_path / "out"
     for error in (KeyboardInterrupt, SystemExit, RuntimeError, MemoryError):
