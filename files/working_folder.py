@@ -126,7 +126,13 @@ class WorkingFolder:
         with self._alone():
             try:
                 self._begin(wanted)
-            except OSError as error:
+            except (self.error, OSError) as error:
+                if self._found() is None:
+                    with suppress(OSError):  # no run has begun here: a lock is all there is
+                        (self.path / LOCK).unlink(missing_ok=True)
+                        self.path.rmdir()
+                if isinstance(error, self.error):
+                    raise
                 raise self.error(f"{self.path} cannot be written ({error}); name another folder.") from error
             try:
                 yield self.result
@@ -171,13 +177,15 @@ class WorkingFolder:
             return
         if self._is_stopped():
             self._refuse(
-                f"{place} is not empty but finished, and {self.path} holds what a later run had finished when it "
+                f"{place} is not empty: it holds a finished run, and {self.path} what a later one had finished when it "
                 "stopped. --overwrite --resume continues that run and replaces the folder; --overwrite starts again."
             )
         if self.resume:
             self._refuse(f"{place} is finished: there is nothing to resume. --overwrite makes it again.")
         resume = "; --resume is for a stopped run, and there is none" if self.resume is not None else ""
-        self._refuse(f"{place} is not empty but finished. --overwrite replaces it{resume}. Or name another folder.")
+        self._refuse(
+            f"{place} is not empty: it holds a finished run. --overwrite replaces it{resume}. Or name another folder."
+        )
 
     def _check_path(self) -> None:
         """Refuse a hidden folder that is not ours or holds a stranger's file, or that is worth asking about."""
@@ -256,16 +264,12 @@ class WorkingFolder:
         try:
             yield
         finally:
-            if self._found() is None:  # refused before there was a plan
-                with suppress(OSError):
-                    (self.path / LOCK).unlink(missing_ok=True)
-                    self.path.rmdir()
             lock.__exit__(None, None, None)
 
     def _begin(self, wanted: _Plan) -> None:
         """Leave in the hidden folder what can be continued from, and nothing else."""
         replaced = self.path / REPLACED
-        if replaced.is_dir() and not os.path.lexists(self.place):
+        if replaced.is_dir() and self.result.is_dir() and not os.path.lexists(self.place):
             replaced.rename(self.place)  # a run was killed just before the result took its place
         self.check()  # again: only now nobody else is at work
         found = self._found()

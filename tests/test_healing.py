@@ -520,7 +520,9 @@ def test_a_source_with_a_folder_of_licences_and_a_finished_run_repeated(tmp_path
     assert receipt["files"] == sorted(path.name for path in (tmp_path / "out").iterdir())
     before = fingerprint(tmp_path)
     monkeypatch.setattr("finedeep.convert.healing.open_checkpoint", lambda *_: pytest.fail("looked for the model"))
-    with pytest.raises(ConversionError, match=r"is not empty but finished\. --overwrite replaces it; --resume is for"):
+    with pytest.raises(
+        ConversionError, match=r"is not empty: it holds a finished run\. --overwrite replaces it; --resume is for"
+    ):
         heal(model, tmp_path / "out", **options)
     with pytest.raises(ConversionError, match="is finished: there is nothing to resume"):
         heal(model, tmp_path / "out", resume=True, **options)

@@ -605,7 +605,9 @@ def test_results_of_a_folder_here_are_not_hidden_and_never_mixed(tmp_path, capsy
     assert not [path for path in tmp_path.rglob(".*") if path.name.startswith(".")]
     capsys.readouterr()
     assert command("./another", *words[1:]) == 2
-    assert "out is not empty but finished. --overwrite replaces it; --resume is for" in capsys.readouterr().err
+    assert (
+        "out is not empty: it holds a finished run. --overwrite replaces it; --resume is for" in capsys.readouterr().err
+    )
     (tmp_path / "out/notes.txt").write_text("mine")
     assert command(*words, "--overwrite") == 2
     assert "notes.txt is on no finished run's list" in capsys.readouterr().err
