@@ -45,11 +45,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except KeyboardInterrupt as interruption:
-        print("; ".join(["finedeep: interrupted", *map(str, interruption.args)]), file=sys.stderr)
+        print(". ".join(["finedeep: interrupted", *_notes(interruption)]), file=sys.stderr)
         return 130
     except ValueError as error:
-        if type(error).__module__.split(".")[0] != "finedeep":
+        if not type(error).__module__.startswith("finedeep"):
             raise
-        print(f"finedeep: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"finedeep: error: {' '.join(' '.join([str(error), *_notes(error)]).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def _notes(error: BaseException) -> list[str]:
+    """What was added to an error on its way, such as where finished work is kept."""
+    return getattr(error, "__notes__", [])

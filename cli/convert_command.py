@@ -17,6 +17,10 @@ examples:
 """
 
 import argparse
+from pathlib import Path
+
+from finedeep_files.inputs import check_model, check_text
+from finedeep_files.working_folder import WorkingFolder
 
 from .argument_types import non_negative_int, positive_int
 
@@ -28,7 +32,7 @@ ASSIGNMENTS = ("contiguous", "strided", "random", "activity", "nonlinearity", "c
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `finedeep convert`."""
     parser.add_argument("source", metavar="SRC", help="a folder with a safetensors checkpoint, or a Hub id")
-    parser.add_argument("destination", metavar="DST", help="the folder to make; it must not exist, or be empty")
+    parser.add_argument("destination", metavar="DST", help="the folder to make")
     option = parser.add_argument
     option(
         "--sublayers",
@@ -109,7 +113,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     option("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
     option("--revision", help="branch, tag or commit of a Hub source")
-    option("--resume", action="store_true", help="go on with what a stopped run has finished, and keep it if stopped")
+    option("--resume", action="store_true", help="continue from what a stopped run has finished")
+    option(
+        "--overwrite",
+        action="store_true",
+        help="replace a finished conversion at DST, its own files only; start again where a run was stopped",
+    )
     option(
         "--dry-run",
         action="store_true",
@@ -120,16 +129,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Convert and say what was made."""
+    if not arguments.dry_run:
+        WorkingFolder(Path(arguments.destination), resume=arguments.resume, overwrite=arguments.overwrite).check()
+    check_model(arguments.source)
+    for text in (arguments.calibrate, arguments.text):
+        if text not in (None, "self"):
+            check_text(text)
     from finedeep.convert import convert_checkpoint, plan_conversion
 
     given = vars(arguments).copy()
     source, destination = given.pop("source"), given.pop("destination")
-    quiet, dry_run, resume = (given.pop(name) for name in ("quiet", "dry_run", "resume"))
+    quiet, dry_run = given.pop("quiet"), given.pop("dry_run")
+    where = {name: given.pop(name) for name in ("resume", "overwrite")}
     given.pop("run", None)
     if dry_run:
         print(plan_conversion(source, **given).text())
         return
-    done = convert_checkpoint(source, destination, resume=resume, progress=not quiet, **given)
+    done = convert_checkpoint(source, destination, **where, progress=not quiet, **given)
     if quiet:
         return
     M, K = done.num_expert_sublayers, done.num_experts_per_sublayer

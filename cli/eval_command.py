@@ -4,9 +4,9 @@ The scores are those of the plain command
   lm_eval run --model hf --model_args pretrained=MODEL,trust_remote_code=True --tasks ...
 
 With --baseline each task has a verdict: better, worse, or not distinguishable at this size, from the same samples
-(paired bootstrap, McNemar's exact or a permutation test, Holm's correction over tasks). --output writes the harness's
-own results and samples and, with --baseline, comparison.json, comparison.md, figures and a page, report.html, with
-speed and memory of both models.
+(paired bootstrap, McNemar's exact or a permutation test, Holm's correction over tasks). --output makes a folder with
+the harness's own results and samples and, with --baseline, comparison.json, comparison.md, figures and a page,
+report.html, with speed and memory of both models.
 
 A stopped run with --output goes on with --resume: tasks that are done are not asked again, and of the one that was
 stopped only what is left. That one begins again where it samples, or where there are several processes. With --answers
@@ -30,6 +30,10 @@ passages of 1,000 characters.
 import argparse
 import os
 import sys
+from pathlib import Path
+
+from finedeep_files.inputs import check_folder, check_model, check_text
+from finedeep_files.working_folder import WorkingFolder
 
 from .argument_types import DTYPES, batch, device, field, names, non_negative_int, positive_int
 
@@ -43,7 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--baseline", metavar="DENSE", help="the dense model, to be compared with on the same samples")
     option("--text", metavar="FILE", help="with --baseline: a text on which to compare sparsity and gates")
     option("--output", metavar="DIR", help="where to write results, samples, the comparison and its page")
-    option("--resume", action="store_true", help="go on with what a stopped run has left in --output")
+    option("--resume", action="store_true", help="continue from what a stopped run has finished")
+    option(
+        "--overwrite",
+        action="store_true",
+        help="replace an evaluation in --output, its own files only; start again where a run was stopped",
+    )
     option("--answers", metavar="DIR", help="where answers stay, for other runs of the same model not to ask again")
     option("--include-path", metavar="DIR", help="a folder with task definitions of your own")
     option(
@@ -77,6 +86,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Score, compare and print."""
+    if arguments.output:
+        WorkingFolder(Path(arguments.output), resume=arguments.resume, overwrite=arguments.overwrite).check()
+    for model in filter(None, (arguments.model, arguments.baseline)):
+        check_model(model)
+    if arguments.text:
+        check_text(arguments.text)
+    for folder in filter(None, (arguments.local, arguments.include_path)):
+        check_folder(folder)
     given = {key: value for key, value in vars(arguments).items() if key != "run"}
     quiet, model, baseline = given.pop("quiet"), given.pop("model"), given.pop("baseline")
     given["model_args"] = dict(given["model_args"])

@@ -9,6 +9,10 @@ examples:
 """
 
 import argparse
+from pathlib import Path
+
+from finedeep_files.inputs import check_model
+from finedeep_files.working_folder import WorkingFolder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Export and say where."""
+    WorkingFolder(Path(arguments.destination)).check()
+    check_model(arguments.source)
     from finedeep.convert import export_checkpoint
 
     folder = export_checkpoint(

@@ -21,6 +21,10 @@ examples:
 
 import argparse
 import sys
+from pathlib import Path
+
+from finedeep_files.inputs import check_model
+from finedeep_files.working_folder import WorkingFolder
 
 from .argument_types import field, positive_int
 
@@ -29,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `finedeep heal`."""
     option = parser.add_argument
     option("model", metavar="DIR", help="the folder, or the Hub id, of a Finedeep checkpoint")
-    option("destination", metavar="DST", help="the folder to make; it must not exist, or be empty")
+    option("destination", metavar="DST", help="the folder to make")
     option("--teacher", metavar="DENSE", help="a folder or a Hub id: the dense model that DIR was converted from")
     option(
         "--data",
@@ -77,12 +81,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="a field of transformers' TrainingArguments, the value as JSON or as text; may be given again",
     )
-    option("--resume", action="store_true", help="go on from the last checkpoint of a run that was stopped")
+    option("--resume", action="store_true", help="continue from the last checkpoint of a run that was stopped")
+    option(
+        "--overwrite",
+        action="store_true",
+        help="replace a finished healing at DST, its own files only; start again where a run was stopped",
+    )
     option("--quiet", action="store_true", help="no progress bar, no summary")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Heal and say how far it went."""
+    WorkingFolder(Path(arguments.destination), resume=arguments.resume, overwrite=arguments.overwrite).check()
+    for model in filter(None, (arguments.model, arguments.teacher)):
+        check_model(model)
     from finedeep.convert.healing import heal, is_main_process
 
     given = vars(arguments).copy()

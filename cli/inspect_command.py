@@ -13,6 +13,10 @@ examples:
 
 import argparse
 import sys
+from pathlib import Path
+
+from finedeep_files.inputs import check_model, check_text
+from finedeep_files.working_folder import WorkingFolder
 
 from .argument_types import DTYPES, device, positive_int
 
@@ -27,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens", type=positive_int, default=65_536, metavar="N", help="of the text at most (default: %(default)s)"
     )
     option("--output", metavar="DIR", help="where to write inspection.json and the figures, as PNG and SVG")
+    option("--overwrite", action="store_true", help="replace an inspection in --output, its own files only")
     option("--device", type=device, help="such as cpu or cuda:0 (default: a GPU where there is one)")
     option("--dtype", default="auto", choices=DTYPES, help="default: auto, the checkpoint's own")
     option("--quiet", action="store_true", help="no progress bar")
@@ -34,13 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Inspect and print a table."""
+    if arguments.output:
+        WorkingFolder(Path(arguments.output), overwrite=arguments.overwrite).check()
+    for model in filter(None, (arguments.model, arguments.baseline)):
+        check_model(model)
+    check_text(arguments.text)
     from finedeep.convert.code_files import advice
     from finedeep.eval.inspection import inspect, prepare, save, table_of
 
     if line := advice(arguments.model):
         print(line, file=sys.stderr)
     if arguments.output:
-        prepare(arguments.output)
+        prepare(arguments.output, arguments.overwrite)
     models = {"dense": arguments.baseline} if arguments.baseline else {}
     models["finedeep" if arguments.baseline else "model"] = arguments.model
     found = {
@@ -56,5 +66,5 @@ def run(arguments: argparse.Namespace) -> None:
     }
     print(table_of(found))
     if arguments.output:
-        for path in save(found, arguments.output):
+        for path in save(found, arguments.output, arguments.overwrite):
             print(path)

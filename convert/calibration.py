@@ -32,8 +32,8 @@ from .source import load_dense
 from .stream import Stream, over_chunks, sublayers_from, through
 from .tensors import cast, layer_tensors
 
-WINDOWS = ".calibration-windows.safetensors"
-LAYER = ".calibrated-{}.safetensors"
+WINDOWS = "calibration-windows.safetensors"
+LAYER = "calibrated-{}.safetensors"
 NEURONS = "neurons"  # beside the tensors in a layer's file
 TOKENS_PER_CHANNEL = 4  # at least: least squares would learn fewer by heart
 
@@ -66,16 +66,9 @@ class Calibration:
             ConversionError: the text is too short, or the model's activations are not finite.
         """
         windows = self._windows()
+        held = held_out(windows)
         if all((self.folder / LAYER.format(i)).exists() for i in range(self.plan.config.num_hidden_layers)):
             return
-        held = held_out(windows)
-        hidden, learned = self.plan.config.hidden_size, (len(windows) - held) * windows.shape[1]
-        if learned < TOKENS_PER_CHANNEL * hidden:
-            raise ConversionError(
-                f"{windows.numel()} tokens leave {learned} to learn from; with hidden size {hidden}, "
-                f"{TOKENS_PER_CHANNEL * hidden} are wanted at least. Name a longer text, raise calibration_tokens, or "
-                f"sample a text from the dense model ('{SELF}')."
-            )
         layers, steps = self.plan.config.num_hidden_layers, self.plan.options.calibration_steps
         stream = Stream(self.plan, windows, self.device)
         bar = tqdm(total=layers * steps, desc="Calibrating", unit="step", disable=None if self.progress else True)
@@ -132,10 +125,20 @@ class Calibration:
             else:
                 found = text_windows(self.plan.dense.folder, Path(o.calibrate), self.plan.config, o.calibration_tokens)
                 found = found[torch.randperm(len(found), generator=torch.Generator().manual_seed(o.seed))]
+            self._check_enough(found)
             # Of the text as it was read: it may be another by the time that this is done.
             text = {} if o.calibrate == SELF else {"name": Path(o.calibrate).name, "sha256": sha256(Path(o.calibrate))}
             save_whole({"windows": found.contiguous()}, path, text)
         return load_file(path)["windows"]
+
+    def _check_enough(self, windows: torch.Tensor) -> None:
+        hidden, learned = self.plan.config.hidden_size, (len(windows) - held_out(windows)) * windows.shape[1]
+        if learned < TOKENS_PER_CHANNEL * hidden:
+            raise ConversionError(
+                f"{windows.numel()} tokens leave {learned} to learn from; with hidden size {hidden}, "
+                f"{TOKENS_PER_CHANNEL * hidden} are wanted at least. Name a longer text, raise calibration_tokens, or "
+                f"sample a text from the dense model ('{SELF}')."
+            )
 
     def _layer(self, stream: Stream, i: int, held: int, bar: tqdm) -> None:
         """Take the streams past a layer, having calibrated it where that was not done."""

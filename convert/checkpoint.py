@@ -11,24 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finedeep_files.whole_file import write_whole
+from finedeep_files.working_folder import Contents
 from tqdm import tqdm
 
-from .calibration import Calibration, LayerErrors, best_device
-from .code_files import copy_code
-from .destination import DIFFERENCES, check_free, check_room, whole_folder
+from .calibration import LAYER, WINDOWS, Calibration, LayerErrors, best_device
+from .calibration_text import SELF
+from .code_files import CODE_FILES, copy_code
+from .destination import check_room, whole_folder, working_folder
 from .errors import ConversionError
 from .hashing import sha256
 from .mapping import Target
 from .neurons import FORMULAS, assign
 from .plan import Options, Plan, make_plan, same_plan
 from .probe import LayerProbe, probe_tokens
-from .receipt import NEURONS, read_neuron_table, versions, write_neuron_table, write_receipt
+from .receipt import NEURONS, RECEIPT, read_neuron_table, versions, write_neuron_table, write_receipt
 from .shards import FolderWriter, write_index
-from .source import TOKENIZER_CONFIG, DenseCheckpoint, open_checkpoint, read_json
+from .source import COMPANIONS, INDEX, TOKENIZER_CONFIG, DenseCheckpoint, open_checkpoint, read_json
 from .tensors import made
 from .tokenization import keep_tokens
-from .whole_file import write_whole
 
+DIFFERENCES = "differences.json"  # of layers that have been probed
 SMALL_FILES = 50 * 10**6  # a generous share of the disk for tokenizer, code and configuration
 
 
@@ -54,6 +57,7 @@ def convert_checkpoint(
     *,
     revision: str | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
     **options: Any,
 ) -> Conversion:
@@ -66,9 +70,11 @@ def convert_checkpoint(
 
     Args:
         source: a local folder with a safetensors checkpoint (one file or shards), or a Hub id.
-        destination: the folder to make. It must not exist, or be empty.
+        destination: the folder to make.
         revision: branch, tag or commit of a Hub source.
-        resume: whether to go on with what a stopped run of the same conversion has finished.
+        resume: whether to continue from what a stopped run of the same conversion has finished.
+        overwrite: whether to replace the files of a finished run at the destination, as its receipt lists them, and to
+            start again where a run was stopped.
         progress: whether to show a progress bar on stderr.
         options: the fields of `Options`, among them `num_expert_sublayers` (M), `num_experts_per_sublayer` (K; where
             M * K does not divide the FFN's width, zero neurons fill it up), `mode`, `assignment`, `seed`, `dtype` and
@@ -78,27 +84,28 @@ def convert_checkpoint(
         What was done, with the folder.
 
     Raises:
-        ConversionError: the source cannot be converted as asked. Nothing is left at `destination`.
+        ConversionError: the source cannot be converted as asked, or the destination is not empty. Nothing is changed
+            there; what is finished stays in the hidden folder beside it.
     """
-    destination = Path(destination)
-    check_free(destination)
+    work = working_folder(destination, resume=resume, overwrite=overwrite)
+    work.check()
     plan = plan_conversion(source, revision=revision, **options)
     # A calibrated layer is kept on the disk, until all are, and then written into its shard.
     kept = sum(
         e.nbytes for shard in plan.shards for e in shard.entries if plan.options.calibrates and ".sublayers." in e.name
     )
-    check_room(destination, plan.nbytes + kept + SMALL_FILES)
+    check_room(work, plan.nbytes + kept + SMALL_FILES)
     same = {**same_plan(plan), "versions": versions()}
     if plan.options.calibrates:
         same["device"] = best_device().type
-    with whole_folder(destination, same, resume) as folder, _background() as background:
+    with whole_folder(work, _contents(plan), same) as folder, _background() as background:
         hashes = {file.name: background.submit(sha256, file) for file in plan.dense.files}
-        calibration = Calibration(plan, folder, progress) if plan.options.calibrates else None
+        calibration = Calibration(plan, work.path, progress) if plan.options.calibrates else None
         if calibration is not None:
             calibration.run()
         neurons = _neurons_of(plan, calibration, folder, progress)
         with _one_thread():
-            differences = _write_weights(folder, plan, neurons, calibration, progress)
+            differences = _write_weights(folder, work.path / DIFFERENCES, plan, neurons, calibration, progress)
         write_index(folder, plan.shards)
         plan.config.save_pretrained(folder)
         _write_companions(folder, plan.dense)
@@ -112,7 +119,7 @@ def convert_checkpoint(
         errors = calibration.errors() if calibration is not None else []
         write_receipt(folder, plan, name, revision_found, found, differences, record)
     return Conversion(
-        folder=destination,
+        folder=work.destination,
         num_expert_sublayers=plan.options.num_expert_sublayers,
         num_experts_per_sublayer=plan.options.num_experts_per_sublayer,
         expert_intermediate_size=plan.config.expert_intermediate_size,
@@ -128,6 +135,22 @@ def convert_checkpoint(
 def plan_conversion(source: str | Path, *, revision: str | None = None, **options: Any) -> Plan:
     """What `convert_checkpoint` would do: reads the configuration and the headers, writes nothing."""
     return make_plan(open_checkpoint(source, revision), Options(**options))
+
+
+def _contents(plan: Plan) -> Contents:
+    """All files of a conversion. A text is quickly read again; one that was sampled is worth keeping."""
+    shards = [shard.file_name for shard in plan.shards]
+    code = [file.name for file in CODE_FILES]
+    layers = [LAYER.format("*")] if plan.options.calibrates else []
+    windows = [WINDOWS] if layers else []
+    sampled = windows if plan.options.calibrate == SELF else []
+    return Contents(
+        command="convert",
+        result=(*shards, INDEX, "config.json", *code, *COMPANIONS, NEURONS, RECEIPT),
+        private=(*windows, *layers, DIFFERENCES),
+        kept=(*(f"result/{name}" for name in (*shards, NEURONS)), *layers, *sampled),
+        receipt=RECEIPT,
+    )
 
 
 def _neurons_of(plan: Plan, calibration: Calibration | None, folder: Path, progress: bool) -> list[torch.Tensor]:
@@ -187,15 +210,20 @@ def _one_thread() -> Iterator[None]:
 
 
 def _write_weights(
-    folder: Path, plan: Plan, neurons: list[torch.Tensor], calibration: Calibration | None, progress: bool
+    folder: Path,
+    differences: Path,
+    plan: Plan,
+    neurons: list[torch.Tensor],
+    calibration: Calibration | None,
+    progress: bool,
 ) -> list[float]:
     """Write the shards that are not there yet. Returns each layer's relative difference on the probe batch.
 
     Calibrated layers are not probed: they have been measured on the stream itself.
     """
     known: dict[str, float] = {}
-    if (folder / DIFFERENCES).exists():
-        known = json.loads((folder / DIFFERENCES).read_text(encoding="utf-8"))
+    if differences.exists():
+        known = json.loads(differences.read_text(encoding="utf-8"))
     shard_of = {entry.name: shard for shard in plan.shards for entry in shard.entries}
     finished = {shard.file_name for shard in plan.shards if (folder / shard.file_name).exists()}
     sizes = {entry.name: entry.nbytes for shard in plan.shards for entry in shard.entries}
@@ -221,7 +249,7 @@ def _write_weights(
             bar.set_postfix_str(f"{done}/{len(plan.targets)} tensors", refresh=False)
             if probe is not None:
                 known[str(layer)] = probe.difference()
-                write_whole(folder / DIFFERENCES, json.dumps(known))
+                write_whole(differences, json.dumps(known))
     return [known[str(i)] for i in range(plan.dense_config.num_hidden_layers) if str(i) in known]
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finedeep_files.working_folder import Contents
 from tqdm import tqdm
 
 from ..configuration_finedeep import ROUTING_FUNCTIONS, FinedeepConfig
-from .destination import check_free, check_room, whole_folder
+from .destination import check_room, whole_folder, working_folder
 from .errors import ConversionError, one_line
 from .families import FAMILIES
 from .mapping import SUBLAYER, Piece, dense_shapes, family_config, pieces, some, targets
@@ -27,7 +28,7 @@ from .plan import (
 )
 from .receipt import NEURONS, RECEIPT, read_neuron_table, read_receipt
 from .shards import Entry, FolderWriter, parse_size, plan_shards, write_index
-from .source import DenseCheckpoint, check_finedeep, open_checkpoint
+from .source import COMPANIONS, INDEX, DenseCheckpoint, check_finedeep, open_checkpoint
 
 # What a Llama's configuration cannot say, and the value that it would have to have.
 BEYOND_LLAMA: dict[str, Any] = {
@@ -72,8 +73,8 @@ def export_checkpoint(
             the sub-layers' output, or, without a receipt, attention that Llama does not have; or the receipt is of
             another model.
     """
-    destination = Path(destination)
-    check_free(destination)
+    work = working_folder(destination)
+    work.check()
     held = open_checkpoint(source, check=check_finedeep)
     config = _finedeep_config(held)
     receipt = read_receipt(held.folder) if (held.folder / RECEIPT).is_file() else None
@@ -102,10 +103,11 @@ def export_checkpoint(
     dtype_of = {stored: held.tensors[_ours(names[0][0])].dtype for stored, names in parts.items()}
     shards = plan_shards([Entry(name, shapes[name], dtype_of[name]) for name in shapes], parse_size(max_shard_size))
     nbytes = sum(shard.nbytes for shard in shards)
-    check_room(destination, nbytes)
+    check_room(work, nbytes)
     plan = {"source": str(held.folder.resolve()), "shards": [[shard.file_name, shard.nbytes] for shard in shards]}
     bar = tqdm(total=nbytes, desc="Exporting", unit="B", unit_scale=True, disable=None if progress else True)
-    with whole_folder(destination, plan) as folder, bar:
+    contents = Contents("export", (*(shard.file_name for shard in shards), INDEX, "config.json", *COMPANIONS))
+    with whole_folder(work, contents, plan) as folder, bar:
         with FolderWriter(folder, shards) as writer:
             for entry in (entry for shard in shards for entry in shard.entries):
                 rows = [_dense_tensor(held, name, neurons) for name, _ in sorted(parts[entry.name], key=_start)]
@@ -118,7 +120,7 @@ def export_checkpoint(
         (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         for file in held.companions():
             shutil.copyfile(file, folder / file.name)
-    return destination
+    return work.destination
 
 
 def _start(part: tuple[str, Piece]) -> int:

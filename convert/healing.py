@@ -1,7 +1,6 @@
 """Healing: train a converted model as a whole, to say what its dense teacher says, with transformers' `Trainer`."""
 
 import dataclasses
-import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finedeep_files.names import LISTED
+from finedeep_files.working_folder import Contents, WorkingFolder
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -22,27 +23,28 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..configuration_finedeep import FinedeepConfig
 from ..modeling_finedeep import FinedeepForCausalLM
 from .calibration_text import SELF, held_out
-from .code_files import copy_code
-from .destination import LOCK, alone, check_free, differing, whole_folder
+from .code_files import CODE_FILES, copy_code
+from .destination import working_folder
 from .errors import ConversionError, check_whole_number
 from .hashing import sha256
 from .healing_data import healing_windows
 from .loading_bars import without_loading_bars
 from .receipt import NEURONS, RECEIPT, read_receipt, versions, write_json
 from .shards import save_whole
-from .source import COMPANIONS, check_finedeep, open_checkpoint, read_json
-from .training_checkpoints import whole_checkpoints
-from .whole_file import write_whole
+from .source import COMPANIONS, INDEX, WEIGHTS, DenseCheckpoint, check_finedeep, open_checkpoint
+from .training_checkpoints import train_to_the_end
 
 HEALING = "finedeep_healing.json"
 HIDDEN_STATES = 10.0  # measured: convert/README.md
 # Times 1 / width, as AdamW's best rate for hidden layers goes (Tensor Programs V, arXiv:2203.03466).
 RATE = 0.064
-PLAN, WINDOWS = "plan.json", "windows.safetensors"
+TRAINING, WINDOWS = "training", "windows.safetensors"
+SHARDS = "model-?????-of-?????.safetensors"  # as transformers names them
 # Fields of TrainingArguments that are not the user's.
 OWN: Mapping[str, Any] = {
     "eval_on_start": True,  # the receipt has the losses before
@@ -205,36 +207,42 @@ def heal(
     destination: str | Path,
     *,
     resume: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
     **options: Any,
 ) -> Healed:
     """Train a Finedeep checkpoint on, and save it as another.
 
-    Checkpoints of the training are kept beside the destination, in `.NAME.healing`, until it is finished. With
+    Checkpoints of the training are kept beside the destination, in `.NAME.unfinished`, until it is finished. With
     `accelerate launch` each process calls this; the first one writes.
 
     Args:
         model: the folder, or the Hub id, of a Finedeep checkpoint.
-        destination: the folder to make. It must not exist, or be empty.
-        resume: whether to go on from the last checkpoint of a stopped run of the same healing.
+        destination: the folder to make.
+        resume: whether to continue from the last checkpoint of a stopped run of the same healing.
+        overwrite: whether to replace the files of a finished run at the destination, as its receipt lists them, and to
+            start again where a run was stopped.
         progress: whether to show progress bars and losses on stderr.
         options: the fields of `HealingOptions`.
 
     Raises:
-        ConversionError: the models, the data or the options do not fit. Nothing is left at `destination`.
+        ConversionError: the models, the data or the options do not fit, or the destination is not empty. Nothing is
+            changed there; checkpoints stay in the hidden folder beside it.
     """
-    destination, o = Path(destination), HealingOptions(**options)
+    o = HealingOptions(**options)
     o.check()
-    check_free(destination)
-    model = open_checkpoint(model, check=check_finedeep).folder
+    work = working_folder(destination, resume=resume, overwrite=overwrite)
+    work.check()
+    held = open_checkpoint(model, check=check_finedeep)
+    model = held.folder
     config = FinedeepConfig.from_pretrained(model)
     rate = RATE / config.hidden_size if o.learning_rate is None else o.learning_rate
     o = dataclasses.replace(o, context=min(o.context, config.max_position_embeddings), learning_rate=rate)
     # Before TrainingArguments: after them, DeepSpeed and FSDP would share the teacher out as it is loaded.
     teacher = _teacher(o.teacher, config) if o.teacher else None
     o = dataclasses.replace(o, hidden_states=_hidden_states(o, config, teacher))
-    work = Path(f"{destination.absolute().parent}/.{destination.name}.healing")
-    arguments = _training_arguments(o, work, progress)
+    training = work.path / TRAINING
+    arguments = _training_arguments(o, training, progress)
     if arguments.n_gpu > 1 and o.hidden_states:
         raise ConversionError(
             f"{arguments.n_gpu} devices are seen by one process; one process for each is wanted: accelerate launch -m "
@@ -243,8 +251,9 @@ def heal(
     files = _files(model, o, teacher)
     with ExitStack() as stack:
         if arguments.process_index == 0:
-            stack.enter_context(alone(work, destination))
-        windows, held = _prepare(work, model, config, teacher, o, files, resume, arguments)
+            plan = {"model": str(model.resolve()), **dataclasses.asdict(o), "files": files}
+            stack.enter_context(work.begun(_contents(o), plan))
+        windows, apart = _prepare(work, model, config, teacher, o, arguments)
         stack.enter_context(without_loading_bars())
         student = FinedeepForCausalLM.from_pretrained(model, dtype=torch.float32, use_safetensors=True)
         # Checkpoints of the training have no use for the model's own, which some versions refuse to save as it is.
@@ -256,23 +265,34 @@ def heal(
             model=student,
             args=arguments,
             # Without labels Trainer would take it that there is no loss to evaluate.
-            train_dataset=[{"input_ids": window, "labels": window} for window in windows[held:]],
-            eval_dataset=[{"input_ids": window, "labels": window} for window in windows[:held]],
+            train_dataset=[{"input_ids": window, "labels": window} for window in windows[apart:]],
+            eval_dataset=[{"input_ids": window, "labels": window} for window in windows[:apart]],
         )
         if not progress:
             trainer.remove_callback(PrinterCallback)
-        checkpoints = whole_checkpoints(work)
-        trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+        train_to_the_end(trainer, training)
         before = next(_losses(logs) for logs in trainer.state.log_history if "eval_loss" in logs)
         after = _losses(trainer.evaluate())
         if not all(map(math.isfinite, after.values())):
             raise ConversionError(
                 f"training has diverged, the losses are {after}; a learning rate lower than {arguments.learning_rate} "
-                f"is wanted. Remove {work}: its checkpoints are of no use."
+                f"is needed. Start again with --overwrite: the checkpoints in {training} are of no use."
             )
-        healed = Healed(destination, trainer.state.num_input_tokens_seen, before, after)
-        _save(model, trainer, config, o, files, healed)
+        healed = Healed(work.destination, trainer.state.num_input_tokens_seen, before, after)
+        _save(work.result, held, trainer, config, o, files, healed)
     return healed
+
+
+def _contents(o: HealingOptions) -> Contents:
+    """All files of a healing. A text is quickly read again; one that was sampled is worth keeping."""
+    code = [file.name for file in CODE_FILES]
+    return Contents(
+        command="heal",
+        result=(WEIGHTS, SHARDS, INDEX, "config.json", *code, *COMPANIONS, NEURONS, RECEIPT, HEALING),
+        private=(WINDOWS, f"{TRAINING}/*"),
+        kept=(f"{TRAINING}/checkpoint-*/{TRAINER_STATE_NAME}", *([WINDOWS] * (o.data == SELF))),
+        receipt=HEALING,
+    )
 
 
 def _teacher(teacher: str, student: FinedeepConfig) -> PreTrainedModel:
@@ -348,68 +368,36 @@ def _training_arguments(o: HealingOptions, work: Path, progress: bool) -> Traini
 
 
 def _prepare(
-    work: Path,
+    work: WorkingFolder,
     model: Path,
     config: FinedeepConfig,
     teacher: PreTrainedModel | None,
     o: HealingOptions,
-    files: Mapping[str, Any],
-    resume: bool,
     arguments: TrainingArguments,
 ) -> tuple[torch.Tensor, int]:
     """The windows (number, context), and how many of them, the first ones, are held out. The first process saves them.
 
     Raises:
-        ConversionError: there are fewer than two, or a stopped run stands in the way.
+        ConversionError: there are fewer than two.
     """
-    fresh = not (work / PLAN).exists()
-    path, process = work / WINDOWS, arguments.process_index
-    try:
+    path, process = work.path / WINDOWS, arguments.process_index
+    if _of_first_process(not path.exists()) and (process == 0 or o.data == SELF):  # sampling is shared out
+        sampler = teacher.to(arguments.device) if teacher is not None else None
+        progress = not arguments.disable_tqdm and process == 0
+        found = healing_windows(o.data, model, config.vocab_size, o.context, o.tokens, sampler, o.seed, progress)
         if process == 0:
-            _begin(work, {"model": str(model.resolve()), **dataclasses.asdict(o), "files": files}, resume)
-        if _of_first_process(not path.exists()) and (process == 0 or o.data == SELF):  # sampling is shared out
-            sampler = teacher.to(arguments.device) if teacher is not None else None
-            progress = not arguments.disable_tqdm and process == 0
-            found = healing_windows(o.data, model, config.vocab_size, o.context, o.tokens, sampler, o.seed, progress)
-            if process == 0:
-                save_whole({"windows": found.contiguous()}, path)
-        _of_first_process(None)  # has saved them
-        windows = load_file(path)["windows"]
-        _of_first_process(None)  # removes them where there are too few
-        held = held_out(windows)
-        if len(windows) <= held:
-            raise ConversionError(
-                f"{o.data} gives {len(windows)} windows of {o.context} tokens; 2 are wanted at least, one to learn "
-                "from and one to check on. Name more data or a smaller context."
-            )
-    except ConversionError:
-        if fresh:
-            shutil.rmtree(work, ignore_errors=True)
-        raise
-    return windows, held
+            _check_enough(found, o)
+            save_whole({"windows": found.contiguous()}, path)
+    _of_first_process(None)  # has saved them
+    windows = load_file(path)["windows"]
+    return windows, held_out(windows)
 
 
-def _begin(work: Path, plan: Mapping[str, Any], resume: bool) -> None:
-    """Make the folder of a new run, or check that a stopped one, if it got anywhere, is to be gone on with."""
-    path, plan = work / PLAN, json.loads(json.dumps(plan))
-    before = read_json(path, "what the stopped run was to do") if path.exists() else {}
-    if not whole_checkpoints(work):
-        if before != plan:  # otherwise its windows will do
-            for left in work.iterdir():
-                if left.is_dir():
-                    shutil.rmtree(left)
-                elif left.name != LOCK:
-                    left.unlink()
-            write_whole(path, json.dumps(plan))
-        return
-    if not resume:
+def _check_enough(windows: torch.Tensor, o: HealingOptions) -> None:
+    if len(windows) <= held_out(windows):
         raise ConversionError(
-            f"{work} is what a stopped run has left: go on with --resume, or remove it to start again."
-        )
-    if before != plan:
-        raise ConversionError(
-            f"the run that stopped was another one: {differing(plan, before)} differ. Give what it was started with, "
-            f"or remove {work} to start again."
+            f"{o.data} gives {len(windows)} windows of {o.context} tokens; 2 are wanted at least, one to learn "
+            "from and one to check on. Name more data or a smaller context."
         )
 
 
@@ -430,14 +418,15 @@ def _losses(logs: Mapping[str, float]) -> dict[str, float]:
 
 
 def _save(
-    model: Path,
+    folder: Path,
+    model: DenseCheckpoint,
     trainer: HealingTrainer,
     config: FinedeepConfig,
     o: HealingOptions,
     files: Mapping[str, Any],
     healed: Healed,
 ) -> None:
-    """Write the healed model as a whole folder, in the dtype of the one it came from."""
+    """Write the healed model into a folder, in the dtype of the one it came from."""
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
         student = trainer.accelerator.unwrap_model(trainer.model_wrapped)
@@ -445,20 +434,20 @@ def _save(
         if config.tie_word_embeddings:
             state.pop("lm_head.weight", None)
         state = {name: tensor.to(config.dtype or torch.float32) for name, tensor in state.items()}
-        with whole_folder(healed.folder, {}) as folder:
-            student.save_pretrained(folder, state_dict=state)
-            (folder / "generation_config.json").unlink(missing_ok=True)  # it was the training's
-            config.save_pretrained(folder)  # which names the dtype of the file, not of the training
-            copy_code(folder)
-            _write_companions(model, folder, o, files, healed)
-        shutil.rmtree(trainer.args.output_dir, ignore_errors=True)  # its lock is open, which some file systems mind
+        student.save_pretrained(folder, state_dict=state)
+        (folder / "generation_config.json").unlink(missing_ok=True)  # it was the training's
+        config.save_pretrained(folder)  # which names the dtype of the file, not of the training
+        copy_code(folder)
+        _write_companions(model, folder, o, files, healed)
     trainer.accelerator.wait_for_everyone()
 
 
-def _write_companions(model: Path, folder: Path, o: HealingOptions, files: Mapping[str, Any], healed: Healed) -> None:
+def _write_companions(
+    model: DenseCheckpoint, folder: Path, o: HealingOptions, files: Mapping[str, Any], healed: Healed
+) -> None:
     """What belongs to the model beside its weights, and the receipts: the conversion's, and healing's own."""
-    for pattern in (*COMPANIONS, NEURONS):
-        for file in model.glob(pattern):
+    for file in (*model.companions(), model.folder / NEURONS):
+        if file.is_file():
             shutil.copyfile(file, folder / file.name)
     receipt = {
         "options": dataclasses.asdict(o),
@@ -469,5 +458,6 @@ def _write_companions(model: Path, folder: Path, o: HealingOptions, files: Mappi
         "versions": versions("accelerate"),
     }
     write_json(folder / HEALING, receipt)
-    if (model / RECEIPT).is_file():
-        write_json(folder / RECEIPT, {**read_receipt(model), "exact": False, "healing": HEALING})
+    if (model.folder / RECEIPT).is_file():
+        receipt = {key: value for key, value in read_receipt(model.folder).items() if key != LISTED}
+        write_json(folder / RECEIPT, {**receipt, "exact": False, "healing": HEALING})

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finedeep_files.whole_file import write_whole
 
 from .card import licence_of
 from .errors import ConversionError
 from .neurons import PADDING
 from .plan import Plan
 from .source import read_json
-from .whole_file import write_whole
 
 RECEIPT = "finedeep_conversion.json"
 # No safetensors file: vLLM, for one, takes every one that lies beside the weights for weights.

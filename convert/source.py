@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finedeep_files.inputs import check_model
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
@@ -45,7 +46,6 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 MAX_JSON_BYTES = 200 * 10**6
 SHARD_NAME = re.compile(r"[\w-][\w.-]{0,200}\.safetensors")
 Check = Callable[[Mapping[str, Any], str], None]
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -159,10 +159,7 @@ def _local_folder(source: str | Path, revision: str | None, check: Check) -> Pat
     folder = Path(source)
     if folder.is_dir():
         return folder
-    if folder.exists():
-        raise ConversionError(f"{source} is a file; the folder of a checkpoint, or a Hub id, is wanted.")
-    if not HUB_ID.fullmatch(str(source)):
-        raise ConversionError(f"{source} does not exist; the folder of a checkpoint, or a Hub id, is wanted.")
+    check_model(source, ConversionError)
 
     def fetch(patterns: list[str], revision: str | None) -> Path:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))

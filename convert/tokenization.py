@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from finedeep_files.whole_file import write_whole
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .source import COMPANIONS, TOKENIZER_CONFIG, read_json
-from .whole_file import write_whole
 
 # What tokenizers like to differ in: spaces, case, digits, accents, other scripts, line ends, how a text begins, ...
 PROBE = "Once upon a time, in 2024 - naïve Ünïcode; 東京 и Москва!\n\n  def f(x): return x ** 2\t# 3.14159"

@@ -5,7 +5,7 @@ from pathlib import Path
 from transformers.utils import logging
 
 from ..convert import convert_checkpoint
-from ..convert.destination import check_free
+from ..convert.destination import working_folder
 from ..eval import evaluate, side_by_side
 from ..eval.harness import require_harness
 from .dense import train_dense
@@ -32,7 +32,7 @@ def run_demo(output: str | Path, *, seed: int = 0, steps: int = 300) -> str:
     from ..eval.comparison import compare, sentence_of  # which need what has just been looked for
 
     output = Path(output)
-    check_free(output)
+    working_folder(output).check()
     logging.disable_progress_bar()  # loading takes no time here
 
     world = World.from_seed(seed)

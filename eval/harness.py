@@ -18,6 +18,7 @@ from ..convert.loading_bars import without_loading_bars
 from .errors import EvaluationError, cannot_load
 from .identity import identity_of
 from .kept import Answers, KeptAnswers, answering, answers_of
+from .output import name_of
 from .scores import Results, scores_of
 
 OWN_OPTIONS = {
@@ -352,8 +353,8 @@ def _summary(results: Results) -> str:
     return f"{name}: " + ", ".join(f"{place.metric} {score}" for place, score in scores.items())
 
 
-def save_results(results: Results, output: Path) -> None:
-    """Write results and samples as the harness's own command does.
+def save_results(results: Results, output: Path, name: str | None = None) -> None:
+    """Write results and samples as the harness's own command does, in a folder of the model's name, or another.
 
     Raises:
         EvaluationError: something could not be written, of which the harness itself would only warn.
@@ -364,7 +365,7 @@ def save_results(results: Results, output: Path) -> None:
     tracker = EvaluationTracker(output_path=str(output))
     tracker.general_config_tracker.log_experiment_args(
         model_source="hf",
-        model_args=f"pretrained={results['config']['model_args']['pretrained']}",
+        model_args=f"pretrained={name or name_of(results['config']['model_args']['pretrained'])}",
         system_instruction=None,
         chat_template=None,
         fewshot_as_multiturn=None,

@@ -8,13 +8,14 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from finedeep_files.whole_file import write_whole
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..convert.loading_bars import without_loading_bars
-from ..convert.whole_file import write_whole
 from .activity import EDGES, THRESHOLDS, Place, places_of, rates, watch
 from .errors import EvaluationError, cannot_load
+from .output import INSPECTED, INSPECTION, working_folder
 from .table import aligned_markdown
 
 TAU = "0.1"  # the threshold of NSAR unless said otherwise
@@ -214,29 +215,35 @@ def rows_of(inspections: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def prepare(folder: str | Path) -> None:
-    """Make the folder for `save`. Raises `EvaluationError` where that, or drawing, is not possible."""
+def prepare(folder: str | Path, overwrite: bool = False) -> None:
+    """Raise `EvaluationError` where `save` could not write into a folder, or nothing can be drawn."""
+    working_folder(folder, overwrite=overwrite).check()
     _plots()
-    _made(folder)
 
 
-def save(inspections: Mapping[str, Mapping[str, Any]], folder: str | Path) -> list[Path]:
-    """Write `inspection.json`, then the figures, into a folder. Returns their paths.
+def save(inspections: Mapping[str, Mapping[str, Any]], folder: str | Path, overwrite: bool = False) -> list[Path]:
+    """Write `inspection.json`, then the figures, into a folder that is made. Returns their paths.
+
+    Args:
+        inspections: what `inspect` has returned, by name.
+        folder: the folder to make.
+        overwrite: whether to replace the files of an inspection that is there, as `finedeep_results.json` lists them.
 
     Raises:
         EvaluationError: the folder cannot be made; or nothing can be drawn, but `inspection.json` is written.
     """
-    path = write_whole(_made(folder) / "inspection.json", json.dumps(inspections, indent=1))
-    plots = _plots()
-    return [path, *plots.save(plots.figures_of(inspections), Path(folder))]
-
-
-def _made(folder: str | Path) -> Path:
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EvaluationError(f"{folder} cannot be made ({error.strerror}); name another folder.") from error
-    return Path(folder)
+    names, missing = [INSPECTION], None
+    with working_folder(folder, overwrite=overwrite).begun(INSPECTED, {}) as made:
+        write_whole(made / INSPECTION, json.dumps(inspections, indent=1))
+        try:
+            plots = _plots()
+        except EvaluationError as error:
+            missing = error
+        else:
+            names += [path.name for path in plots.save(plots.figures_of(inspections), made)]
+    if missing:
+        raise missing
+    return [Path(folder) / name for name in names]
 
 
 def _plots() -> ModuleType:

@@ -1,7 +1,6 @@
 """Answers that are kept as they come, so that a run that was stopped need not ask again."""
 
 import contextlib
-import fcntl
 import itertools
 import json
 import warnings
@@ -10,7 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..convert.whole_file import write_whole
+from finedeep_files.lock import locked
+from finedeep_files.whole_file import write_whole
+
 from .errors import EvaluationError
 from .processes import are_several, process_number, share
 from .scores import Results
@@ -120,9 +121,7 @@ class KeptAnswers:
     def _put_on_shelf(self, task: str, found: Answers) -> None:
         """Beside what is there. Runs of one baseline may do so at the same moment, and none of them ends with it."""
         try:
-            with (self.shelf / ".lock").open("w") as lock:
-                with contextlib.suppress(OSError):  # a file system without locks
-                    fcntl.flock(lock, fcntl.LOCK_EX)
+            with locked(self.shelf / ".lock", wait=True):
                 path = self._on_shelf(task)
                 _write(path, {**_read(path, task), **found})
         except OSError as error:

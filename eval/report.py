@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finedeep_files.whole_file import write_whole
 from jinja2 import Environment, StrictUndefined
 
-from ..convert.whole_file import write_whole
 from . import cost, inspection, plots
 from .comparison import BETTER, HEAD, SAME, WORSE, Row, cells_of, figures_of
 from .inspection import TAU
+from .output import PAGE
 
 TEMPLATE = Path(__file__).with_name("report.html")
-REPORT = "report.html"
 CAPTIONS = {
     "differences": "Finedeep's score less the dense model's, in tasks whose score is a share of samples.",
     "activations": "How often act(gate) has which value; the outermost bins hold all beyond.",
@@ -53,7 +53,7 @@ def write_report(folder: Path, comparison: Mapping[str, Any], rows: Sequence[Row
         figures={name: base64.b64encode((folder / f"{name}.svg").read_bytes()).decode() for name in drawn},
         made=json.dumps({key: comparison[key] for key in MADE}, indent=1),
     )
-    return write_whole(folder / REPORT, page)
+    return write_whole(folder / PAGE, page)
 
 
 def cards_of(comparison: Mapping[str, Any], rows: Sequence[Row]) -> Any:

@@ -1,17 +1,16 @@
 """A model beside its dense baseline: benchmark scores compared sample by sample, sparsity, cost, one page of it all."""
 
 import json
-import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finedeep_files.whole_file import write_whole
+
 from ..convert.card import COMPARISON
-from ..convert.destination import differing
-from ..convert.whole_file import write_whole
 from . import cost, inspection
 from .comparison import compare, sentence_of, table_of
 from .errors import EvaluationError
@@ -19,14 +18,15 @@ from .harness import evaluate, save_results
 from .identity import files_in, files_of, versions
 from .inspection import check_text, inspect
 from .local_tasks import write_local_tasks
+from .output import EVALUATED, MARKDOWN, name_of, working_folder
 from .processes import is_first_process, is_needed, process_number, share
 from .report import write_report
 from .scores import Results
 from .table import side_by_side
 from .tokenization import beginning_of, check_same_tokenizer, load_tokenizer
 
-UNFINISHED, PLAN = ".unfinished", "plan.json"
-NOT_TOLD = ("say", "output", "resume", "answers")  # of the options: they decide nothing
+PLACES = ("output", "resume", "overwrite")  # the options that say where to write
+NOT_TOLD = ("say", "answers", *PLACES)  # of the options: they decide nothing
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,14 @@ def score(model: str | Path, tasks: Sequence[str] = (), **options: Any) -> Study
     options.pop("progress", None)
     if not is_needed():
         return None
+    check_output(**{name: options.get(name) for name in PLACES})
     beginning = beginning_of(model)
-    results = _score({"model": model}, tasks, **options)
-    if not is_first_process():
-        return None
-    if output := options.get("output"):
-        save_results(results["model"], Path(output))
-        _remove_work(Path(output))
+    with _working({"model": model}, tasks, options) as (work, output):
+        results = _score({"model": model}, tasks, work, options)
+        if not is_first_process():
+            return None
+        if output:
+            save_results(results["model"], output)
     return Study(results, f"{side_by_side(results)}\n\n{beginning}")
 
 
@@ -74,64 +75,83 @@ def study(
         progress: whether to show bars on stderr.
         options: those of `evaluate`, and
             local: a folder of questions and texts, which become tasks too;
-            output: a folder for the harness's results and samples, `comparison.json`, `comparison.md`, figures and
-            `report.html`. While the run is at work its answers are kept there, in `.unfinished`. None: nothing is
-            written, and costs are not measured;
-            resume: whether to go on with what a stopped run of the same study has left;
+            output: a folder to make, for the harness's results and samples, `comparison.json`, `comparison.md`, figures
+            and `report.html`. While the run is at work its answers are kept beside it, in `.NAME.unfinished`. None:
+            nothing is written, and costs are not measured;
+            resume: whether to continue from what a stopped run of the same study has left;
+            overwrite: whether to replace a finished run's files in `output`, as `finedeep_results.json` there lists
+            them, and to start again where a run was stopped;
             say: is given lines about what is being done.
 
     Returns:
         What came out; None in the processes of `accelerate launch` but the first.
 
     Raises:
-        EvaluationError: the models, tasks, data or options do not fit.
+        EvaluationError: the models, tasks, data or options do not fit, or `output` is not empty.
     """
     models = {"dense": baseline, "finedeep": model}
     if not is_needed():
         return None
+    check_output(**{name: options.get(name) for name in PLACES})
     beginning = check_same_tokenizer(baseline, model)
     if text:
         check_text(Path(text))
-    results = _score(models, tasks, **options)
-    if not is_first_process():
-        return None
-    return _conclude(models, results, beginning, text, progress, options)
+    with _working(models, tasks, options) as (work, output):
+        results = _score(models, tasks, work, options)
+        if not is_first_process():
+            return None
+        return _conclude(models, results, beginning, text, progress, output, options)
+
+
+def check_output(output: str | Path | None, resume: bool | None, overwrite: bool | None) -> None:
+    """Raise `EvaluationError` where results cannot be written as asked."""
+    if output is None and (resume or overwrite):
+        raise EvaluationError("--resume and --overwrite are about what is in an --output folder; name it.")
+    if output is not None:
+        working_folder(output, resume=bool(resume), overwrite=bool(overwrite)).check()
+
+
+@contextmanager
+def _working(
+    models: Mapping[str, str | Path], tasks: Sequence[str], options: Mapping[str, Any]
+) -> Iterator[tuple[Path, Path | None]]:
+    """A folder to work in, and one in it for results, which become the output at the end.
+
+    The first process begins, and all of them stop where it must not.
+    """
+    if not options.get("output"):
+        with tempfile.TemporaryDirectory(prefix="finedeep-eval-") as place:
+            yield Path(place), None
+        return
+    work = working_folder(
+        options["output"], resume=bool(options.get("resume")), overwrite=bool(options.get("overwrite"))
+    )
+    decisive = {key: value for key, value in options.items() if key not in (*PLACES, "say", "local")}
+    with ExitStack() as stack:
+        refusal = None
+        if is_first_process():
+            try:
+                stack.enter_context(work.begun(EVALUATED, plan_of(models, tasks, options.get("local"), decisive)))
+            except EvaluationError as error:
+                refusal = str(error)
+        if refusal := share(refusal):
+            raise EvaluationError(refusal)
+        yield work.path, work.result
 
 
 def _score(
-    models: Mapping[str, str | Path],
-    tasks: Sequence[str],
-    *,
-    local: str | Path | None = None,
-    output: str | Path | None = None,
-    resume: bool = False,
-    include_path: str | Path | None = None,
-    say: Callable[[str], None] | None = None,
-    **options: Any,
+    models: Mapping[str, str | Path], tasks: Sequence[str], work: Path, options: Mapping[str, Any]
 ) -> dict[str, Results]:
-    """The harness's results by model. What a stopped run needs is kept in the output until all is done."""
+    """The harness's results by model. What a stopped run needs is kept in `work`."""
+    given = {key: value for key, value in options.items() if key not in PLACES}
+    say, local, include_path = (given.pop(name, None) for name in ("say", "local", "include_path"))
     say = say if say and is_first_process() else (lambda line: None)
-    if resume and not output:
-        raise EvaluationError("--resume goes on with what is in an --output folder; name it.")
+    names, paths = tasks_of(tasks, local, include_path, work, next(iter(models.values())))
     results = {}
-    with ExitStack() as stack:
-        if output:
-            work = Path(output) / UNFINISHED
-            _begin_together(work, plan_of(models, tasks, local, {"include_path": include_path, **options}), resume)
-        else:
-            work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="finedeep-eval-")))
-        names, paths = tasks_of(tasks, local, include_path, work, next(iter(models.values())))
-        for name, path in models.items():
-            say(f"Scoring {path}")
-            results[name] = evaluate(path, names, include_path=paths, work=work / name, say=say, **options)
+    for name, path in models.items():
+        say(f"Scoring {path}")
+        results[name] = evaluate(path, names, include_path=paths, work=work / name, say=say, **given)
     return results
-
-
-def _remove_work(output: Path) -> None:
-    """In one step: half of it would be taken for a run to go on with."""
-    gone = output / f"{UNFINISHED}.gone"
-    (output / UNFINISHED).rename(gone)
-    shutil.rmtree(gone, ignore_errors=True)
 
 
 def tasks_of(
@@ -168,47 +188,13 @@ def plan_of(
     return json.loads(json.dumps(plan, default=str))
 
 
-def _begin_together(work: Path, plan: Mapping[str, Any], resume: bool) -> None:
-    """The first process begins, and all of them stop where it must not."""
-    refusal = None
-    if is_first_process():
-        try:
-            _begin(work, plan, resume)
-        except EvaluationError as error:
-            refusal = str(error)
-    if refusal := share(refusal):
-        raise EvaluationError(refusal)
-
-
-def _begin(work: Path, plan: Mapping[str, Any], resume: bool) -> None:
-    """Make the folder of a new run, or check that a stopped one is to be gone on with."""
-    path = work / PLAN
-    if path.exists():
-        if not resume:
-            raise EvaluationError(
-                f"{work} is what a stopped run has left: go on with --resume, or remove it to start again."
-            )
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if before != plan:
-            raise EvaluationError(
-                f"the run that stopped was another one: {differing(plan, before)} differ. Give what it had, or remove "
-                f"{work} to start again."
-            )
-        return
-    try:
-        shutil.rmtree(work, ignore_errors=True)  # answers of nobody knows what
-        work.mkdir(parents=True)
-        write_whole(path, json.dumps(plan))
-    except OSError as error:
-        raise EvaluationError(f"{work} cannot be written ({error.strerror}); name another --output.") from error
-
-
 def _conclude(
     models: Mapping[str, str | Path],
     results: Mapping[str, Results],
     beginning: str,
     text: str | Path | None,
     progress: bool,
+    output: Path | None,
     options: Mapping[str, Any],
 ) -> Study:
     """Compare, inspect, measure; write it all down where there is a place for it."""
@@ -226,7 +212,6 @@ def _conclude(
         "versions": versions(),
     }
     how = {"device": options.get("device"), "dtype": options.get("dtype", "auto")}
-    output = Path(options["output"]) if options.get("output") else None
     looks: dict[str, tuple[str, Callable[[], Any], Callable[[Any], str]]] = {}
     if text:
         looks["inspection"] = (
@@ -240,8 +225,9 @@ def _conclude(
             lambda: cost.costs_of(models, **how),
             cost.table_of,
         )
-        for found in results.values():
-            save_results(found, output)
+        alike = len({name_of(path) for path in models.values()}) < len(models)
+        for name, found in results.items():
+            save_results(found, output, name if alike else None)
     for name, (line, look, table) in looks.items():
         if options.get("model_args"):  # which these do not know of
             parts.append(f"{name}: not measured with --set")
@@ -256,7 +242,6 @@ def _conclude(
     markdown = "\n\n".join(parts)
     if output:
         write_whole(output / COMPARISON, json.dumps(comparison, indent=1, default=str))
-        write_whole(output / "comparison.md", f"{markdown}\n")
+        write_whole(output / MARKDOWN, f"{markdown}\n")
         write_report(output, comparison, rows)
-        _remove_work(output)
     return Study(results, markdown, comparison)

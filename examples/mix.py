@@ -15,7 +15,7 @@ import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from finedeep.convert.whole_file import write_whole
+from finedeep_files.whole_file import write_whole
 
 OPEN = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 

@@ -7,7 +7,8 @@
 The recipe says what is trained on what (examples/recipes); --set changes a field of it. The text is tokenised once,
 into OUT/tokens (examples/prepare.py), and its documents are packed into sequences, in the same order for every model
 of one data.seed. Losses and speed go to OUT/log.jsonl and checkpoints to OUT/checkpoint-N: the same command again goes
-on from the last one, with the losses that an unbroken run would have had. The trained model is in OUT/model.
+on from the last one, with the losses that an unbroken run would have had. The trained model is in OUT/model;
+a finished run is left as it is.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from typing import Any
 
 import from_checkout  # noqa: F401
 import torch
-from finedeep.convert.training_checkpoints import whole_checkpoints
+from finedeep.convert.training_checkpoints import train_to_the_end
 from fresh_model import model_of
 from optimisation import groups_of
 from packed import texts_to_train_and_measure_on
@@ -31,6 +32,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 __all__ = ["changed", "model_of", "pretrain"]
 
 LOGGED = re.compile("loss|eval_(.+_)?loss|grad_norm|learning_rate")
+DONE = "finished"  # an empty file that is made last
 
 
 def main() -> None:
@@ -44,7 +46,10 @@ def main() -> None:
 
 
 def pretrain(recipe: Recipe, out: Path) -> None:
-    """Train as the recipe says. Losses are in nats per token."""
+    """Train as the recipe says, unless that is done. Losses are in nats per token."""
+    if (out / DONE).exists():
+        print(f"{out / 'model'} is finished: there is nothing left to train. Remove {out} to train anew.")
+        return
     gpu = torch.accelerator.is_available()
     arguments = TrainingArguments(
         output_dir=str(out),
@@ -68,12 +73,13 @@ def pretrain(recipe: Recipe, out: Path) -> None:
         eval_dataset=measured.pop("validation") if measured.keys() == {"validation"} else measured,
         callbacks=[Log(out / "log.jsonl", recipe, model, batch * recipe["data"]["context"])],
     )
-    checkpoints = whole_checkpoints(out)
-    trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+    train_to_the_end(trainer, out)
     if trainer.state.global_step % arguments.eval_steps:
         trainer.evaluate()
     trainer.save_model(out / "model")
     tokenizer.save_pretrained(out / "model")
+    if trainer.is_world_process_zero():
+        (out / DONE).touch()
 
 
 class OrderedTrainer(Trainer):

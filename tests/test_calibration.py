@@ -13,7 +13,6 @@ from finedeep.convert.blockwise import error_of, fit, logit_divergence, stream_e
 from finedeep.convert.calibration import LAYER, Calibration
 from finedeep.convert.calibration_text import sampled_batches, sampled_windows, text_windows
 from finedeep.convert.closed_form import correct
-from finedeep.convert.destination import unfinished_folder
 from finedeep.convert.hashing import sha256
 from finedeep.convert.least_squares import RIDGES, LeastSquares
 from finedeep.convert.plan import Options, make_plan
@@ -21,6 +20,7 @@ from finedeep.convert.receipt import RECEIPT
 from finedeep.convert.source import open_checkpoint
 from finedeep.convert.stream import Stream, over_chunks, through
 from finedeep_cli import main
+from finedeep_files.working_folder import WorkingFolder
 from safetensors.torch import load_file
 from test_convert import assert_same_logits, fingerprint, load
 from test_families import CASES, make_family
@@ -317,10 +317,10 @@ def test_a_stopped_calibration_goes_on_with_the_next_layer(tmp_path, dense, text
         return climb(self, cut, u, dense_u, wanted, i, held, bar)
 
     monkeypatch.setattr(Calibration, "_climb", stopping)
-    with pytest.raises(KeyboardInterrupt, match="--resume goes on"):
+    with pytest.raises(KeyboardInterrupt, match="--resume continues"):
         calibrate(dense, out, text)
     assert not out.exists()
-    assert (unfinished_folder(out) / LAYER.format(0)).exists()
+    assert (WorkingFolder(out).path / LAYER.format(0)).exists()
     calibrate(dense, out, text, resume=True)
     assert climbed == [0, 1, 1]
     calibrate(dense, tmp_path / "at once", text)
@@ -331,8 +331,12 @@ def test_a_changed_text_is_not_gone_on_with(tmp_path, dense, text, monkeypatch):
     mine = tmp_path / "text.txt"
     mine.write_bytes(text.read_bytes())
 
-    def stop(*arguments):
-        raise KeyboardInterrupt
+    climb = Calibration._climb
+
+    def stop(self, cut, u, dense_u, wanted, i, *more):
+        if i == 1:
+            raise KeyboardInterrupt
+        return climb(self, cut, u, dense_u, wanted, i, *more)
 
     with monkeypatch.context() as patch:
         patch.setattr(Calibration, "_climb", stop)
@@ -404,19 +408,23 @@ def test_a_text_that_changes_meanwhile_is_not_what_the_receipt_names(tmp_path, d
     assert receipt["calibration"]["text"] == {"name": "text.txt", "sha256": sha256(text)}
 
 
-def test_with_resume_no_error_costs_what_is_done(tmp_path, dense, text, monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), ConversionError("not finite"), OSError("disk full")])
+def test_no_error_costs_what_is_done(tmp_path, dense, text, monkeypatch, error):
+    """Nor does the same command, typed again without a thought."""
     climb = Calibration._climb
 
     def failing(self, cut, u, dense_u, wanted, i, held, bar):
         if i == 1:
-            raise RuntimeError("out of memory")
+            raise error
         return climb(self, cut, u, dense_u, wanted, i, held, bar)
 
     with monkeypatch.context() as patch:
         patch.setattr(Calibration, "_climb", failing)
-        with pytest.raises(RuntimeError):
-            calibrate(dense, tmp_path / "out", text, resume=True)
-    assert (unfinished_folder(tmp_path / "out") / LAYER.format(0)).exists()
+        with pytest.raises((RuntimeError, ConversionError), match="--resume continues from it, --overwrite starts"):
+            calibrate(dense, tmp_path / "out", text)
+    assert (WorkingFolder(tmp_path / "out").path / LAYER.format(0)).exists()
+    with pytest.raises(ConversionError, match=r"--resume continues from it, --overwrite starts again"):
+        calibrate(dense, tmp_path / "out", text)
     calibrate(dense, tmp_path / "out", text, resume=True)
 
 
@@ -500,7 +508,7 @@ def test_texts_that_will_not_do(tmp_path, content, words):
     with pytest.raises(ConversionError, match=words):
         calibrate(tmp_path / "dense", tmp_path / "out", path)
     assert not (tmp_path / "out").exists()
-    assert not unfinished_folder(tmp_path / "out").exists()
+    assert not WorkingFolder(tmp_path / "out").path.exists()
 
 
 def test_a_tokenizer_that_is_not_the_models(tmp_path, text):

@@ -15,12 +15,12 @@ from conftest import make_dense
 from finedeep.convert import ConversionError, checkpoint, convert_checkpoint, register_assignment
 from finedeep.convert.calibration import Calibration
 from finedeep.convert.checkpoint import plan_conversion
-from finedeep.convert.destination import unfinished_folder
 from finedeep.convert.hashing import sha256
 from finedeep.convert.neurons import ASSIGNMENTS, balanced_clusters
 from finedeep.convert.plan import Options
 from finedeep.convert.receipt import RECEIPT
 from finedeep_cli import convert_command, main
+from finedeep_files.working_folder import Contents, WorkingFolder
 from isolated import FORKS
 from safetensors.torch import load_file, save_file
 from test_convert import assert_same_logits, fingerprint, load
@@ -279,7 +279,7 @@ def test_resume_does_not_redo_finished_shards(tmp_path, dense):
     out = tmp_path / "out"
     interrupted(dense, out, 3)
     assert not out.exists()
-    left = {path.name: path.stat() for path in unfinished_folder(out).glob("*.safetensors")}
+    left = {path.name: path.stat() for path in WorkingFolder(out).result.glob("*.safetensors")}
     assert len(left) == 3
     convert_checkpoint(dense, out, resume=True, **SMALL_SHARDS)
     for name, before in left.items():
@@ -289,9 +289,11 @@ def test_resume_does_not_redo_finished_shards(tmp_path, dense):
     assert fingerprint(out) == fingerprint(tmp_path / "at once")
 
 
-def test_without_resume_a_stopped_run_is_started_again(tmp_path, dense):
+def test_a_stopped_run_is_started_again_where_that_is_said(tmp_path, dense):
     interrupted(dense, tmp_path / "out", 2)
-    convert_checkpoint(dense, tmp_path / "out", **SMALL_SHARDS)
+    with pytest.raises(ConversionError, match="--resume continues from it, --overwrite starts again"):
+        convert_checkpoint(dense, tmp_path / "out", **SMALL_SHARDS)
+    convert_checkpoint(dense, tmp_path / "out", overwrite=True, **SMALL_SHARDS)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert_same_logits(dense, convert(dense, tmp_path / "exact", num_expert_sublayers=1).folder)
 
@@ -386,14 +388,15 @@ def test_a_file_system_without_locks(tmp_path, dense, monkeypatch):
     def refuse(*arguments):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr("finedeep.convert.destination.fcntl.flock", refuse)
+    monkeypatch.setattr("finedeep_files.lock.fcntl.flock", refuse)
     assert_same_logits(dense, convert(dense, tmp_path / "out", num_expert_sublayers=1).folder)
 
 
 def test_two_runs_at_once_are_kept_apart(tmp_path, dense):
-    from finedeep.convert.destination import whole_folder
-
-    with whole_folder(tmp_path / "out", {}), pytest.raises(ConversionError, match="another run is writing"):
+    with (
+        WorkingFolder(tmp_path / "out").begun(Contents("convert", ()), {}),
+        pytest.raises(ConversionError, match="another run is writing"),
+    ):
         convert(dense, tmp_path / "out")
 
 
@@ -429,9 +432,9 @@ def check_kills(tmp_path, dense, times):
         if out.exists():
             assert fingerprint(out) == wanted
             continue
-        convert_checkpoint(dense, out, resume=resume, **SMALL_SHARDS)
+        convert_checkpoint(dense, out, resume=resume, overwrite=not resume, **SMALL_SHARDS)
         assert fingerprint(out) == wanted
-        assert not unfinished_folder(out).exists()
+        assert not WorkingFolder(out).path.exists()
     return caught
 
 
@@ -464,6 +467,6 @@ def test_an_interrupted_command_says_how_to_go_on(tmp_path, dense):
     done = subprocess.run([sys.executable, "-c", INTERRUPTED, *words], capture_output=True, text=True)
     errors = done.stderr
     assert done.returncode == 130
-    assert errors.rstrip().splitlines()[-1].startswith("finedeep: interrupted; what is finished is kept in")
-    assert "--resume goes on" in errors
+    assert errors.rstrip().splitlines()[-1].startswith("finedeep: interrupted. What is finished is kept in")
+    assert "--resume continues" in errors
     assert "Traceback" not in errors

@@ -14,14 +14,15 @@ from conftest import make_dense
 from finedeep import FinedeepForCausalLM
 from finedeep.convert import ConversionError, convert_checkpoint
 from finedeep.convert.calibration_text import sampled_windows
-from finedeep.convert.destination import alone
 from finedeep.convert.healing import HEALING, HIDDEN_STATES, HealingOptions, HealingTrainer, heal, hidden_state_distance
 from finedeep.convert.healing_data import ANOTHER_SEED, healing_windows
 from finedeep.convert.receipt import RECEIPT
 from finedeep.modeling_finedeep import FinedeepDecoderLayer
 from finedeep_cli import heal_command, main
+from finedeep_files.working_folder import Contents, WorkingFolder
 from hub_server import commit_id, running_hub
 from safetensors.torch import load_file
+from test_convert import fingerprint
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 TESTS = Path(__file__).parent
@@ -116,7 +117,7 @@ def test_hidden_states_of_another_shape(tmp_path, cut):
     make_dense(tmp_path / "other", num_hidden_layers=3)
     with pytest.raises(ConversionError, match=r"has 3 layers of size 32 and the model 2 of 32.*hidden_states=0 goes"):
         heal(cut, tmp_path / "out", teacher=str(tmp_path / "other"), **QUICK, hidden_states=1.0)
-    assert not (tmp_path / ".out.healing").exists()
+    assert not (tmp_path / ".out.unfinished").exists()
     heal(cut, tmp_path / "out", teacher=str(tmp_path / "other"), **{**QUICK, "steps": 1})
     assert json.loads((tmp_path / "out" / HEALING).read_text())["options"]["hidden_states"] == 0.0
 
@@ -207,14 +208,16 @@ def test_a_stopped_run_goes_on(tmp_path, dense, cut, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             heal(cut, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
-    assert (tmp_path / ".out.healing/checkpoint-6").is_dir()
-    with pytest.raises(ConversionError, match="go on with --resume, or remove it"):
+    assert (tmp_path / ".out.unfinished/training/checkpoint-6").is_dir()
+    with pytest.raises(ConversionError, match="--resume continues from it, --overwrite starts again"):
         heal(cut, tmp_path / "out", **options)
     with pytest.raises(ConversionError, match="steps differ"):
         heal(cut, tmp_path / "out", resume=True, **{**options, "steps": 13})
     # As one leaves it that was killed while it wrote a checkpoint.
-    shutil.copytree(tmp_path / ".out.healing/checkpoint-6", tmp_path / ".out.healing/checkpoint-9")
-    (tmp_path / ".out.healing/checkpoint-9/trainer_state.json").unlink()
+    shutil.copytree(
+        tmp_path / ".out.unfinished/training/checkpoint-6", tmp_path / ".out.unfinished/training/checkpoint-9"
+    )
+    (tmp_path / ".out.unfinished/training/checkpoint-9/trainer_state.json").unlink()
     resumed = heal(cut, tmp_path / "out", resume=True, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     at_once = heal(cut, tmp_path / "at once", **options)
@@ -228,9 +231,10 @@ def test_what_was_prepared_from_another_text_is_not_gone_on_with(tmp_path, cut, 
     options = {**QUICK, "data": str(text_in(tmp_path)), "steps": 1}
     with monkeypatch.context() as patch:
         patch.setattr(HealingTrainer, "train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(WorkingFolder, "_leave", lambda *_: None)  # as if it were killed
         with pytest.raises(KeyboardInterrupt):
             heal(cut, tmp_path / "out", **options)
-    windows = load_file(tmp_path / ".out.healing/windows.safetensors")["windows"]
+    windows = load_file(tmp_path / ".out.unfinished/windows.safetensors")["windows"]
     Path(options["data"]).write_text("Another one. " * 500)
     seen = []
     monkeypatch.setattr(HealingTrainer, "__init__", lambda self, **kw: seen.append(kw["train_dataset"]))
@@ -282,8 +286,8 @@ def test_what_has_become_worse_is_told_of(tmp_path, dense, cut, capsys):
 
 def test_two_runs_at_once_are_kept_apart(tmp_path, dense, cut):
     """The second, of other options, would have removed what the first is at work on."""
-    with alone(tmp_path / ".out.healing", tmp_path / "out"):
-        left = tmp_path / ".out.healing/windows.safetensors"
+    with WorkingFolder(tmp_path / "out").begun(Contents("heal", (), private=("windows.safetensors",)), {}):
+        left = tmp_path / ".out.unfinished/windows.safetensors"
         left.write_bytes(b"the first one's")
         with pytest.raises(ConversionError, match="another run is writing"):
             heal(cut, tmp_path / "out", teacher=str(dense), **QUICK)
@@ -494,3 +498,32 @@ def test_a_field_is_name_and_value(capsys, value):
     with pytest.raises(SystemExit):
         main(["heal", "a", "b", "--set", value])
     assert "is not NAME=VALUE" in capsys.readouterr().err
+
+
+def test_a_source_with_a_folder_of_licences_and_a_finished_run_repeated(tmp_path, dense, cut, monkeypatch):
+    """Copied, the folder made healing fail after all its training, and again on --resume."""
+    model = shutil.copytree(cut, tmp_path / "model")
+    (model / "LICENSES").mkdir()
+    (model / "LICENSES/MIT.txt").write_text("Permission is hereby granted")
+    (model / "LICENSE").write_text("MIT")
+    options = {**QUICK, "steps": 2, "teacher": str(dense)}
+    with monkeypatch.context() as patch:
+        patch.setattr("finedeep.convert.healing._save", lambda *_: (_ for _ in ()).throw(RuntimeError("disk is gone")))
+        with pytest.raises(RuntimeError, match="--resume continues from it, --overwrite starts again"):
+            heal(model, tmp_path / "out", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(HealingTrainer, "training_step", lambda *_: pytest.fail("trained again"))
+        heal(model, tmp_path / "out", resume=True, **options)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}
+    assert (tmp_path / "out/LICENSE").read_text() == "MIT"
+    receipt = json.loads((tmp_path / "out" / HEALING).read_text())
+    assert receipt["files"] == sorted(path.name for path in (tmp_path / "out").iterdir())
+    before = fingerprint(tmp_path)
+    monkeypatch.setattr("finedeep.convert.healing.open_checkpoint", lambda *_: pytest.fail("looked for the model"))
+    with pytest.raises(
+        ConversionError, match=r"is not empty: it holds a finished run\. --overwrite replaces it; --resume is for"
+    ):
+        heal(model, tmp_path / "out", **options)
+    with pytest.raises(ConversionError, match="is finished: there is nothing to resume"):
+        heal(model, tmp_path / "out", resume=True, **options)
+    assert fingerprint(tmp_path) == before

@@ -3,6 +3,7 @@
 Never a traceback, a hang, a stray file, or memory that a small file asks for.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -256,6 +257,69 @@ def test_links_of_the_hubs_cache_are_followed(original, tmp_path):
         (snapshot / file.name).symlink_to(Path("../../blobs") / f"{file.name}-blob")
     convert_checkpoint(snapshot, tmp_path / "out", num_expert_sublayers=1, progress=False)
     check_function(original, tmp_path / "out")
+
+
+WORK = ".out.unfinished"
+NAMES = "result training model.safetensors plan.json lock calibrated-0.safetensors x".split()
+FOREIGN = st.lists(st.sampled_from(NAMES) | st.text("ab.*[]~", min_size=1), min_size=1, max_size=3).map("/".join)
+
+
+@pytest.fixture(scope="module")
+def states(original, tmp_path_factory):
+    """What may lie there before: a finished run, and a stopped one."""
+    place = tmp_path_factory.mktemp("states")
+    convert_checkpoint(original, place / "out", num_expert_sublayers=1, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("finedeep.convert.checkpoint.write_receipt", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            convert_checkpoint(original, place / "stopped", num_expert_sublayers=1, progress=False)
+    (place / ".stopped.unfinished").rename(place / WORK)
+    return place
+
+
+@settings(PROPERTY, max_examples=PROPERTY.max_examples // 2)
+@given(
+    there=st.sets(st.sampled_from(["out", WORK])),
+    foreign=st.dictionaries(st.tuples(st.sampled_from(["", "out", WORK]), FOREIGN), st.booleans(), max_size=3),
+    resume=st.booleans(),
+    overwrite=st.booleans(),
+)
+@example(there=set(), foreign={(WORK, "lock"): False}, resume=False, overwrite=True)
+@example(there={WORK}, foreign={(WORK, "calibrated-0.safetensors"): False}, resume=False, overwrite=True)
+@example(there=set(), foreign={("", WORK): True}, resume=False, overwrite=True)
+@example(there=set(), foreign={("", "out"): True}, resume=False, overwrite=True)
+@example(there={"out"}, foreign={("out", "x"): True}, resume=False, overwrite=True)
+@example(there={WORK}, foreign={(WORK, "result/x"): False}, resume=True, overwrite=False)
+@example(there={"out", WORK}, foreign={}, resume=True, overwrite=True)
+def test_what_lies_at_the_destination_and_in_the_hidden_folder(original, states, there, foreign, resume, overwrite):
+    """Files and links of others, there and beside: none is ever touched, nor what a link leads to."""
+    with tempfile.TemporaryDirectory() as place:
+        place = Path(place)
+        (place / "victim").mkdir()
+        (place / "victim/thesis.txt").write_text("years of work")
+        for name in there:
+            shutil.copytree(states / name, place / name)
+        put = {}
+        for (folder, name), link in foreign.items():
+            path = place / folder / name
+            if os.path.lexists(path) or ".." in path.parts or "victim" in path.parts:
+                continue
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.symlink_to(place / "victim") if link else path.write_text("mine")
+            except OSError:  # beneath a file or a link of those
+                continue
+            put[path] = os.readlink(path) if link else "mine"
+        how = {"num_expert_sublayers": 1, "progress": False, "resume": resume, "overwrite": overwrite}
+        with contextlib.suppress(ConversionError):
+            convert_checkpoint(original, place / "out", **how)
+            assert (place / "out/model.safetensors").is_file()
+            assert not (place / WORK).exists()
+        for path, content in put.items():
+            assert content == (os.readlink(path) if path.is_symlink() else path.read_text()), path
+        assert [path.name for path in (place / "victim").iterdir()] == ["thesis.txt"]
+        ours = {"out", WORK, "victim", *(path.relative_to(place).parts[0] for path in put)}
+        assert {path.name for path in place.iterdir()} <= ours
 
 
 def test_pickles_beside_safetensors_are_never_opened(original):

@@ -185,8 +185,20 @@ def test_the_command_writes_json_and_figures(tmp_path, capsys, finedeep, dense, 
     assert len(found["finedeep"]["tokens"]) == len(found["finedeep"]["token_gates"]) == WINDOW
     names = {path.name for path in (tmp_path / "out").iterdir()}
     figures = ("activations", "nsar", "gates", "token_gates")
-    assert names == {"inspection.json", *(f"{f}.{kind}" for f in figures for kind in ("svg", "png"))}
-    assert all((tmp_path / "out" / name).stat().st_size > 3000 for name in names)
+    assert names == {
+        "inspection.json",
+        "finedeep_results.json",
+        *(f"{f}.{kind}" for f in figures for kind in ("svg", "png")),
+    }
+    assert all((tmp_path / "out" / name).stat().st_size > 3000 for name in names - {"finedeep_results.json"})
+    assert main(list(map(str, words))) == 2
+    assert "--overwrite replaces it" in capsys.readouterr().err
+    (tmp_path / "out/mine.txt").touch()
+    assert main([*map(str, words), "--overwrite"]) == 2
+    assert "mine.txt is on no finished run's list" in capsys.readouterr().err
+    (tmp_path / "out/mine.txt").unlink()
+    assert main([*map(str, words), "--overwrite"]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
 
 
 def test_without_matplotlib_the_message_says_how_to_get_it(tmp_path, capsys, monkeypatch, dense, text):
@@ -299,7 +311,7 @@ def test_an_output_that_cannot_be_made_is_named_first(tmp_path, capsys, monkeypa
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(inspection, "load", None)
     assert main(["inspect", str(finedeep), "--text", str(text), "--output", str(tmp_path / "file")]) == 2
-    assert "name another folder" in capsys.readouterr().err
+    assert "exists and is not a folder; name a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("function", ["sigmoid", "softmax"])

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
-from pretrain import changed, pretrain  # noqa: E402
+from pretrain import DONE, changed, pretrain  # noqa: E402
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -80,6 +81,25 @@ def test_both_kinds_learn_from_the_same_text_and_report_their_sizes(trained):
     assert 1 <= first["finedeep"]["flops_per_token"] / first["llama"]["flops_per_token"] < 1.1
     tokenizers = {(trained / model / "tokenizer/tokenizer.json").read_text() for model in first}
     assert len(tokenizers) == 1
+
+
+def test_a_finished_run_is_neither_trained_on_nor_logged_again(trained, recipe, capsys):
+    """With another field too, such as more steps: what is there would be another run's."""
+    out = trained / "finedeep"
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for changes in ((), ("training.max_steps=80",)):
+        pretrain(with_fields(recipe, *changes), out)
+        assert "model is finished" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_was_killed_after_its_last_step_takes_no_further_one(trained, recipe, tmp_path):
+    out = shutil.copytree(trained / "finedeep", tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in out.rglob("model.safetensors")}, lines_of(out)
+    shutil.rmtree(out / "model")
+    (out / DONE).unlink()
+    pretrain(with_fields(recipe), out)
+    assert ({path.name: path.read_bytes() for path in out.rglob("model.safetensors")}, lines_of(out)) == before
 
 
 def command(recipe, out, *launcher):

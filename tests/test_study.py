@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from html.parser import HTMLParser
+from pathlib import Path
 
 import datasets
 import pytest
@@ -22,6 +23,7 @@ from finedeep.eval import EvaluationError, cost, evaluate
 from finedeep.eval.harness import SUITE
 from finedeep.eval.identity import identity_of
 from finedeep.eval.kept import KeptAnswers
+from finedeep.eval.output import name_of
 from finedeep.eval.scores import scores_of
 from finedeep.eval.tokenization import check_same_tokenizer
 from finedeep_cli import main
@@ -80,7 +82,7 @@ def done(dense, cut, questions, tmp_path_factory):
 def test_the_folder_holds_the_harness_results_and_the_comparison(done, dense):
     assert len(list(done.rglob("results_*.json"))) == 2
     assert len(list(done.rglob("samples_*.jsonl"))) == 4
-    assert not (done / ".unfinished").exists()
+    assert [path.name for path in done.parent.iterdir()] == ["results"]
     comparison = json.loads((done / "comparison.json").read_text())
     rows = {(row["task"], row["metric"]): row for row in comparison["tasks"]}
     samples = {}
@@ -190,7 +192,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, capsys):
             break
     process.send_signal(signal.SIGKILL)
     process.wait()
-    work = output / ".unfinished"
+    work = tmp_path / ".out.unfinished"
     assert list(work.rglob("local_a.json"))
     assert not list(output.rglob("results_*.json"))
 
@@ -589,14 +591,48 @@ def test_results_that_cannot_be_written_leave_the_answers(tmp_path, capsys, dens
     out = tmp_path / "out"
     assert command(model, "--local", questions, "--limit", 2, "--output", out) == 2
     assert "could not be written" in capsys.readouterr().err
-    assert (out / ".unfinished/plan.json").is_file()
+    assert list((tmp_path / ".out.unfinished/model").glob("answers-*"))
 
 
-def test_answers_of_nobody_knows_which_model_are_not_used(tmp_path, dense, questions):
-    work = tmp_path / "out/.unfinished"
-    (work / "model").mkdir(parents=True)
-    (work / "model/answers-0_rank0.db").write_text("not even a database")
-    assert command(dense, "--local", questions, "--limit", 2, "--output", tmp_path / "out", "--quiet") == 0
+def test_results_of_a_folder_here_are_not_hidden_and_never_mixed(tmp_path, capsys, monkeypatch, dense, questions):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(dense, tmp_path / "llama")
+    words = ["./llama", "--local", questions, "--limit", 2, "--output", "out", "--quiet"]
+    assert command(*words) == 0
+    (old,) = tmp_path.glob("out/llama/results_*.json")
+    listed = json.loads((tmp_path / "out/finedeep_results.json").read_text())["files"]
+    assert sorted(listed) == sorted(p.relative_to("out").as_posix() for p in Path("out").rglob("*") if p.is_file())
+    assert not [path for path in tmp_path.rglob(".*") if path.name.startswith(".")]
+    capsys.readouterr()
+    assert command("./another", *words[1:]) == 2
+    assert (
+        "out is not empty: it holds a finished run. --overwrite replaces it; --resume is for" in capsys.readouterr().err
+    )
+    (tmp_path / "out/notes.txt").write_text("mine")
+    assert command(*words, "--overwrite") == 2
+    assert "notes.txt is on no finished run's list" in capsys.readouterr().err
+    assert old.exists()
+    (tmp_path / "out/notes.txt").unlink()
+    assert command(*words, "--overwrite") == 0
+    (new,) = tmp_path.glob("out/llama/results_*.json")
+    assert new.name != old.name
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("./llama", "llama"), ("../models/llama", "models/llama"), ("org/llama", "org/llama"), (".hidden/x", "hidden/x")],
+)
+def test_names_of_results(model, name):
+    assert name_of(model) == name
+
+
+def test_answers_of_nobody_knows_which_model_are_neither_used_nor_removed(tmp_path, capsys, questions):
+    answers = tmp_path / ".out.unfinished/model/answers-0_rank0.db"
+    answers.parent.mkdir(parents=True)
+    answers.write_text("not even a database")
+    assert command("any", "--local", questions, "--output", tmp_path / "out", "--overwrite") == 2
+    assert ".out.unfinished holds model/answers-0_rank0.db, and no plan.json" in capsys.readouterr().err
+    assert answers.read_text() == "not even a database"
 
 
 @pytest.mark.parametrize(
