@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finedeep_files.inputs import HUB_ID
 from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 from huggingface_hub.utils import disable_progress_bars
 
@@ -20,7 +21,7 @@ from .code_files import CODE, CODE_FILES, MARKED, UNMARKED, auto_map_of, is_newe
 from .errors import ConversionError, one_line
 from .hub import hub_errors
 from .receipt import RECEIPT, as_json, read_receipt, versions
-from .source import HUB_ID, check_finedeep, read_json
+from .source import check_finedeep, read_json
 from .standalone import standalone_logits
 
 # How far the logits of old and new code may be apart, as a share of the largest: some roundings of the dtype.
