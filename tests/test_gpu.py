@@ -1,4 +1,4 @@
-"""On a GPU: the model on the device, in one graph, by FlashAttention, and a tiny one the whole way (`make test-gpu`)."""
+"""On a GPU: the model on the device, one graph, FlashAttention, and a tiny one the whole way (`make test-gpu`)."""
 
 import importlib.util
 
