@@ -169,6 +169,7 @@ def described(arguments: argparse.Namespace) -> dict[str, Any]:
     device = arguments.device
     options = f" --device {device} --seconds {arguments.seconds:g}"
     options += f" --threads {arguments.threads}" if arguments.threads else ""
+    options += f" --quick --deadline {arguments.deadline:g}" if arguments.quick else ""
     return {
         "command": "python -m finedeep.benchmarks" + options,
         "machine": {
