@@ -2,8 +2,9 @@
 
     python examples/results.py
 
-A log is SIZE/MODEL/RATE-SEED.jsonl, as examples/grid.py names it. Of each model that learning rate counts with which it
-has the lowest loss on held-out text; two rates are compared over the seeds that both have.
+A log is SIZE/MODEL/RATE-SEED.jsonl, as examples/grid.py names it (of larger models see larger.py). Of each model that
+learning rate counts with which it has the lowest loss on held-out text; two rates are compared over the seeds that both
+have.
 """
 
 import itertools
@@ -17,6 +18,7 @@ from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
+import from_checkout  # noqa: F401
 import yaml
 from finedeep.benchmarks.readme import README, put_into_readme
 from finedeep.eval.activity import EDGES
@@ -24,6 +26,7 @@ from finedeep.eval.inspection import TAU
 from finedeep.eval.plots import STYLE, activations
 from finedeep.eval.scores import Score
 from finedeep.eval.table import aligned_markdown
+from larger import read_larger, tables_of_larger
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -117,6 +120,8 @@ def main() -> None:
     groups = groups_of(read(path) for path in sorted(LOGS.glob("*/*/*.jsonl")))
     grid = yaml.safe_load(GRID.read_text(encoding="utf-8"))
     for mark, table in tables_of(groups, grid["tables"]).items():
+        put_into_readme(mark, table, PAGE)
+    for mark, table in tables_of_larger(read_larger(LOGS)).items():
         put_into_readme(mark, table, PAGE)
     put_into_readme("rates", rates_of_models(groups, grid["rates"]), PAGE)
     put_into_readme("tasks", tasks_of(json.loads(TASKS.read_text(encoding="utf-8"))), PAGE)
