@@ -121,11 +121,13 @@ def main() -> None:
     grid = yaml.safe_load(GRID.read_text(encoding="utf-8"))
     for mark, table in tables_of(groups, grid["tables"]).items():
         put_into_readme(mark, table, PAGE)
-    for mark, table in tables_of_larger(read_larger(LOGS)).items():
+    larger = tables_of_larger(read_larger(LOGS))
+    for mark, table in larger.items():
         put_into_readme(mark, table, PAGE)
+    put_into_readme("claim", larger["verdicts"], README)
     put_into_readme("rates", rates_of_models(groups, grid["rates"]), PAGE)
     put_into_readme("tasks", tasks_of(json.loads(TASKS.read_text(encoding="utf-8"))), PAGE)
-    put_into_readme("claim", "\n".join(claim_of(groups, claim) for claim in grid["claims"]), README)
+    put_into_readme("small", "\n".join(claim_of(groups, claim) for claim in grid["claims"]), PAGE)
     with rc_context(STYLE):
         curves(groups, grid["curves"]).savefig(CURVES, metadata={"Date": None})
         histograms(groups, grid["histograms"]).savefig(HISTOGRAMS, metadata={"Date": None})
