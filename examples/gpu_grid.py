@@ -254,7 +254,7 @@ def table_of(runs: Sequence[Run]) -> str:
             line = run.line()
             figures = [f"{name} {line[name]:.3f}" for name in ("gate_mean", "gate_std", "gate_low") if name in line]
             nsar = [f"NSAR {line['nsar']['0.1']:.3f}"] if "nsar" in line else []
-            speed = f"{points[-1]['tokens_per_second']:,.0f} tokens/s"
+            speed = f"{points[-1]['tokens'] / points[-1]['seconds']:,.0f} tokens/s"
             rows.append(", ".join([run.says(), *nsar, *figures, speed]))
     return "\n".join(rows)
 

@@ -20,6 +20,7 @@ from recipe import slug
 
 BASELINES = {"dense": "dense", "dense-sandwich-norm": "dense, sandwich norm"}
 SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)  # of a training, after which curves are shown
+NEAR = 0.02  # of a training, that a measurement may be away from such a share
 NAMES = {"m": "M=", "k": "K="}
 
 
@@ -138,7 +139,7 @@ def runs(size: str, models: dict[str, dict[float, dict[int, LargerRun]]]) -> Ite
         for rate, by_seed in sorted(rates.items()):
             if some := [run for run in by_seed.values() if run.finished]:
                 nsars = [run.nsar for run in some if run.nsar is not None]
-                gates = [run.gates for run in some if run.gates]
+                gates = [run.gates for run in some if run.gates and model not in BASELINES]  # whose gate is always 1
                 sums = [statistics.mean(values) for values in zip(*gates, strict=True)]
                 yield [
                     size,
@@ -156,9 +157,13 @@ def curves(size: str, models: dict[str, dict[float, dict[int, LargerRun]]]) -> I
     for model, rates in sorted(models.items()):
         for run in (run for _, by_seed in sorted(rates.items()) for _, run in sorted(by_seed.items())):
             if run.curve:
-                cells = [run.curve.get(round(share * run.steps)) for share in SHARES]
-                losses = ["" if loss is None else f"{loss:.3f}" for loss in cells]
-                yield [size, shown(model), f"{run.rate:g}, {run.seed}", *losses]
+                yield [size, shown(model), f"{run.rate:g}, {run.seed}", *(loss_after(share, run) for share in SHARES)]
+
+
+def loss_after(share: float, run: LargerRun) -> str:
+    """The loss that was measured nearest to a share of the training; nothing where that is not near."""
+    step = min(run.curve, key=lambda step: abs(step - share * run.steps))
+    return f"{run.curve[step]:.3f}" if abs(step - share * run.steps) <= NEAR * run.steps else ""
 
 
 def mean(some: Iterable[LargerRun], text: str) -> float:

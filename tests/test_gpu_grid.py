@@ -31,7 +31,8 @@ with (out / "log.jsonl").open("w", buffering=1) as log:
     log.write(json.dumps({{"recipe": without_folders(recipe)}}) + "\\n")
     for step in range(1, recipe["training"]["max_steps"] + 1):
         time.sleep(0.02)
-        line = {{"step": step, "eval_held_out_loss": 5 - step / 100, "tokens_per_second": 1, "at": time.monotonic()}}
+        line = {{"step": step, "eval_held_out_loss": 5 - step / 100, "tokens": step, "seconds": 1}}
+        line["at"] = time.monotonic()
         log.write(json.dumps(line) + "\\n")
         if step == 5 and rate == 0.2:
             sys.exit("something is wrong here")

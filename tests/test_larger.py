@@ -76,6 +76,22 @@ def test_a_run_that_was_cut_has_its_curve_only(tmp_path):
     assert found["larger-curves"][0]["100%"] == "3.000"
 
 
+def test_a_curve_is_of_measurements_near_its_shares(tmp_path):
+    """Of 457 steps each 45th was measured, and the last."""
+    run = line("dense", 3.0, steps=457)
+    run["log"] = [point for point in run["log"] if point["step"] % 45 == 0 or point["step"] == 457]
+    (row,) = tables(tmp_path, [run])["larger-curves"]
+    assert row["20%"] == f"{3 + (457 - 90) / 10:.3f}"
+    assert row["100%"] == "3.000"
+
+
+def test_a_gate_that_is_always_one_is_not_shown(tmp_path):
+    gates = {"gate_mean": 1.0, "gate_std": 0.0, "gate_low": 0.0}
+    lines = [line("dense-sandwich-norm", 3.0) | gates, line("m-2-k-8", 3)]
+    column = "gates: mean, spread, below 0.5"
+    assert [row[column] for row in tables(tmp_path, lines)["larger"]] == ["", "0.80, 0.50, 30%"]
+
+
 def test_of_a_run_in_two_files_the_whole_one_counts(tmp_path):
     found = tables(tmp_path, [line("dense", 3.0)], [line("dense", 2.0, finished=False)])
     assert [row["held out"] for row in found["larger"]] == ["3.000"]
