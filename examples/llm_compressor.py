@@ -27,6 +27,7 @@ from llmcompressor.modifiers.pruning import SparseGPTModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+from loguru import logger
 from measure import mean_loss, text_windows
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -99,6 +100,7 @@ def main() -> None:
     parser.add_argument("--update", action="store_true", help="write the table into README.md")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
+    logger.remove()  # llm-compressor's, which writes where the table goes
     windows = text_windows(arguments.checkpoint, arguments.text)
     learned, held_out = windows[: len(windows) // 2], windows[len(windows) // 2 :]
     lines, whole = [], {}

@@ -76,9 +76,9 @@ def test_nnsight_intervenes_and_reads_gates(folders):
         model = nnsight.LanguageModel(load(folder), tokenizer=tokenizer_of(folder))
         with model.trace(ids):
             model.model.layers[0].self_attn.output[0][:] = 0
-            logits = model.lm_head.output.save()
             if name != "dense":
                 gates = model.model.layers[1].sublayers[0].output[1].save()
+            logits = model.lm_head.output.save()
         found[name] = logits.detach()
         if name != "dense":
             assert gates.shape == (1, ids.shape[1], load(folder).config.num_experts_per_sublayer)
