@@ -276,7 +276,7 @@ def heal(
         if not all(map(math.isfinite, after.values())):
             raise ConversionError(
                 f"training has diverged, the losses are {after}; a learning rate lower than {arguments.learning_rate} "
-                f"is needed. Start again with --overwrite: the checkpoints in {training} are of no use."
+                "is needed, and a new start (--overwrite): to resume would lead to the same."
             )
         healed = Healed(work.destination, trainer.state.num_input_tokens_seen, before, after)
         _save(work.result, held, trainer, config, o, files, healed)

@@ -166,7 +166,9 @@ def test_a_run_that_finished_nothing_leaves_nothing(tmp_path):
 def test_a_finished_run_is_replaced_only_where_that_is_said_and_only_its_own_files(tmp_path):
     out = tmp_path / "out"
     make(out, "old")
-    with pytest.raises(DestinationError, match=r"finished run\. --overwrite replaces it; --resume is for"):
+    with pytest.raises(
+        DestinationError, match=r"finished run\. --overwrite replaces it; --resume is for a stopped run"
+    ):
         make(out)
     with pytest.raises(DestinationError, match="is finished: there is nothing to resume"):
         make(out, resume=True)
