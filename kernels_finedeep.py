@@ -82,13 +82,13 @@ if triton is not None:
         tl.store(dv + (tl.program_id(0) * K + k) * e + j, dv_k, j < e)
 
     @triton.jit
-    def _combine(E, w, out, g, tokens, K: tl.constexpr, d: tl.constexpr, c: tl.constexpr, BK: tl.constexpr,
-                 BD: tl.constexpr):  # fmt: skip
-        """One program: one token. E (K, tokens, d), w (K, d)."""
+    def _combine(E, w, out, g, by_token, by_expert, K: tl.constexpr, d: tl.constexpr, c: tl.constexpr,
+                 BK: tl.constexpr, BD: tl.constexpr):  # fmt: skip
+        """One program: one token. E (tokens, K, d), whose strides are given; w (K, d)."""
         t = tl.program_id(0).to(tl.int64)
         k, i = tl.arange(0, BK), tl.arange(0, BD)
         here = (k < K)[:, None] & (i < d)[None, :]
-        E_k = tl.load(E + (k[:, None] * tokens + t) * d + i[None, :], here, other=0.0).to(tl.float32)
+        E_k = tl.load(E + t * by_token + k[:, None] * by_expert + i[None, :], here, other=0.0).to(tl.float32)
         w_k = tl.load(w + k[:, None] * d + i[None, :], here, other=0.0).to(tl.float32)
         g_k = c / (1 + tl.exp(-tl.sum(E_k * w_k, 1)))
         tl.store(g + t * K + k, g_k, k < K)
@@ -197,14 +197,17 @@ def weigh_backward(
 
 
 def combine(E: torch.Tensor, w: torch.Tensor, c: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """sum_k g_k * E_k (tokens, d) and g_k = c * sigmoid(<w_k, E_k>) (tokens, K). Args: E (K, tokens, d); w (K, d)."""
-    K, tokens, d = E.shape
-    E, w = E.contiguous(), w.contiguous()
-    out = torch.empty(tokens, d, dtype=E.dtype, device=E.device)
-    g = torch.empty(tokens, K, dtype=torch.float32, device=E.device)
+    """sum_k g_k * E_k (..., d) and g_k = c * sigmoid(<w_k, E_k>) (..., K). Args: E (..., K, d); w (K, d)."""
+    *shape, K, d = E.shape
+    E, w = E.flatten(0, -3), w.contiguous()
+    E = E if E.stride(-1) == 1 else E.contiguous()
+    out = torch.empty(*shape, d, dtype=E.dtype, device=E.device)
+    g = torch.empty(*shape, K, dtype=torch.float32, device=E.device)
     BK, BD = 1 << (K - 1).bit_length(), 1 << (d - 1).bit_length()
     with _on(E):
-        _combine[(tokens,)](E, w, out, g, tokens, K, d, c, BK, BD, num_warps=16 if BK * BD > 8192 else 4)
+        _combine[(E.shape[0],)](
+            E, w, out, g, E.stride(0), E.stride(1), K, d, c, BK, BD, num_warps=16 if BK * BD > 8192 else 4
+        )
     return out, g
 
 

@@ -43,6 +43,7 @@ from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from .configuration_finedeep import ROUTING_FUNCTIONS, FinedeepConfig
 from .operators_finedeep import (
+    combined_by_kernel,
     dot,
     expert_outputs,
     kept,
@@ -113,6 +114,8 @@ class FinedeepSublayer(nn.Module):
         E = expert_outputs(self.down_proj, a)
         if self.expert_bias is not None:
             E = E + self.expert_bias
+        if self.routing_input == "expert_output" and (made := combined_by_kernel(E, self.router, *self.routing)):
+            return made
         g = self.gate(dot(E if self.routing_input == "expert_output" else n.unsqueeze(-2), self.router))
         return (g.unsqueeze(-1) * E).sum(-2).to(E.dtype), g
 

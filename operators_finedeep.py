@@ -6,7 +6,9 @@
 3. What W_down is, whatever has been put around or in the place of `down_proj`.
 """
 
+import math
 import os
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,11 +16,22 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from .kernels_finedeep import INTERPRETED, MAX_WIDTH, norm, norm_backward, runs_on, weigh, weigh_backward
+from .kernels_finedeep import (
+    INTERPRETED,
+    MAX_TILE,
+    MAX_WIDTH,
+    combine,
+    norm,
+    norm_backward,
+    runs_on,
+    weigh,
+    weigh_backward,
+)
 
 # Which form lies between the matrix products: "plain" (PyTorch) everywhere; "triton" wherever the kernels run, so in
 # their interpreter on a CPU too; by default Triton's on a GPU. For debugging.
 FORCED = os.environ.get("FINEDEEP_KERNELS")
+NO_ROWS_OF_ZEROS = weakref.WeakSet()  # layers with DoRA that have been looked at
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
 
 
@@ -35,8 +48,9 @@ class Kernel(NamedTuple):
 def run(plain: Callable[..., Any], kernel: Kernel | None, *inputs: torch.Tensor | None) -> Any:
     """plain(*inputs), by the kernel where it is given and can take them. Backward keeps the inputs and nothing else.
 
-    Compilers choose for themselves what to fuse and to keep (measured: Inductor's own pass is as fast as the kernel),
-    and tracers and forward-mode derivatives need plain operators.
+    Compilers choose for themselves what to fuse and to keep, and tracers and forward-mode derivatives need plain
+    operators. In eager mode a kernel of our own was weighed against this region under `torch.compile` on an H100: that
+    took longer at every call, for its guards, and seconds at the first.
     """
     given = [x for x in inputs if x is not None]
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(given[0], torch.Tensor):
@@ -152,6 +166,14 @@ def weighted_activations(
     return run(plain, kernel, G, U, v, s)
 
 
+def combined_by_kernel(E: torch.Tensor, router: torch.Tensor, gates: Any, c: float) -> tuple | None:
+    """sum_k g_k * E_k and g by one kernel; None where that cannot be, as with gradients. E: (batch, seq, K, hidden)."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or gates is not torch.sigmoid:
+        return None
+    tile = math.prod(1 << (size - 1).bit_length() for size in E.shape[-2:])
+    return combine(E, router, c) if tile <= MAX_TILE and takes_kernel([E, router]) else None
+
+
 # 2. and 3. Scores from `down_proj`. One rule:
 #
 # - Where it is an `nn.Linear` whose weight is there to be read, scores are read from the weight. Hooks on it, and a
@@ -212,6 +234,7 @@ def scores_of(linear: nn.Module, router: torch.Tensor, a: Callable[[], torch.Ten
     K = router.shape[0]
     if is_readable(linear, like):
         return score_vectors(linear.weight, router), None
+    refuse_rows_of_zeros(linear)
     if differs_by_token(linear):
         return None, scores_by_expert(linear, router, a())
     if (V := pull_back(linear, router, like.new_zeros(K, like.shape[-1]))) is not None:
@@ -222,6 +245,19 @@ def scores_of(linear: nn.Module, router: torch.Tensor, a: Callable[[], torch.Ten
     rows = torch.eye(width + 1, width, dtype=like.dtype, device=like.device)  # the last one, zeros: what is added
     W = linear(rows)
     return score_vectors((W[:-1] - W[-1]).transpose(0, 1), router), None
+
+
+def refuse_rows_of_zeros(linear: nn.Module) -> None:
+    """Raise `ValueError` for DoRA on a `down_proj` with rows of zeros, as a grown model has: it divides by norms."""
+    vectors = getattr(linear, "lora_magnitude_vector", None)
+    if not vectors or linear in NO_ROWS_OF_ZEROS or torch.compiler.is_compiling():
+        return
+    if any((vector.weight == 0).any() for vector in vectors.values()):
+        raise ValueError(
+            "DoRA divides by the norms of down_proj's rows, and some of these are zeros (a model made with --mode grow "
+            "has such). Use LoRA without use_dora, or leave down_proj out of target_modules."
+        )
+    NO_ROWS_OF_ZEROS.add(linear)
 
 
 def score_vectors(W: torch.Tensor, router: torch.Tensor) -> torch.Tensor:

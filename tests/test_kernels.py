@@ -81,7 +81,7 @@ def test_norms_and_their_gradients(rows, d, dtype, monkeypatch):
 def test_expert_outputs_are_combined(tokens, K, d, dtype):
     torch.manual_seed(0)
     E, w = random(K, tokens, d, dtype=dtype).detach(), random(K, d, dtype=dtype, scale=0.2).detach()
-    found, g = kernels.combine(E, w, 2.0)
+    found, g = kernels.combine(E.transpose(0, 1), w, 2.0)
     exact = 2 * torch.sigmoid((E.double() * w.double().unsqueeze(1)).sum(-1))  # (K, tokens)
     assert_near(g, exact.T, 1e-5)
     assert_near(found, (exact.unsqueeze(-1) * E.double()).sum(0), DTYPES[dtype])
@@ -122,6 +122,16 @@ def test_a_model_trains_by_the_kernels_as_it_does_without(monkeypatch):
     assert calls.count("norm") == calls.count("norm_backward") == layers * (1 + M) + 1
     for one, other in zip(found, plainly(monkeypatch, gradients), strict=True):
         torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-4 * other.abs().max().item())
+
+
+def test_few_tokens_go_through_one_kernel(monkeypatch):
+    model, ids, calls = random_model().to(DEVICE), torch.arange(3)[None].to(DEVICE), []
+    original = kernels.combine
+    monkeypatch.setattr(operators, "combine", lambda *a: calls.append(1) or original(*a))
+    with torch.no_grad():
+        found, expected = model(ids).logits, plainly(monkeypatch, model, ids).logits
+    assert len(calls) == model.config.num_hidden_layers * model.config.num_expert_sublayers
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_derivatives_of_derivatives_go_through_the_plain_form(monkeypatch):

@@ -223,3 +223,12 @@ def test_every_kind_of_adapter_is_the_function_that_its_merging_gives(batches, k
         assert (e - p).abs().max() > 1e-3
         torch.testing.assert_close(f, e, rtol=0, atol=tolerance)
         torch.testing.assert_close(w, e, rtol=0, atol=tolerance)
+
+
+def test_dora_on_rows_of_zeros_is_refused():
+    """A grown model's new sub-layers start with a zero W_down, by whose rows' norms DoRA would divide: NaN."""
+    model = random_model()
+    model.model.layers[0].sublayers[1].down_proj.weight.data.zero_()
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["down_proj"], use_dora=True))
+    with pytest.raises(ValueError, match="down_proj"):
+        model(input_ids=torch.arange(4)[None])
