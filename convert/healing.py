@@ -31,7 +31,8 @@ from .errors import ConversionError, check_whole_number
 from .hashing import sha256
 from .healing_data import healing_windows
 from .loading_bars import without_loading_bars
-from .receipt import NEURONS, RECEIPT, read_receipt, versions, write_json
+from .masking import masked
+from .receipt import NEURONS, RECEIPT, read_receipt, versions, without_place, write_json
 from .shards import save_whole
 from .source import COMPANIONS, check_finedeep, open_checkpoint, read_json
 from .training_checkpoints import whole_checkpoints
@@ -111,6 +112,13 @@ class Healed:
     tokens_seen: int
     before: Mapping[str, float]
     after: Mapping[str, float]
+
+
+class HealingArguments(TrainingArguments):
+    """`TrainingArguments` that leave secrets out of the checkpoints, into which `Trainer` pickles them."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: None if isinstance(v, str) and masked(v, k) != v else v for k, v in vars(self).items()}
 
 
 class HealingTrainer(Trainer):
@@ -339,7 +347,7 @@ def _training_arguments(o: HealingOptions, work: Path, progress: bool) -> Traini
         "output_dir": str(work),
     }
     try:
-        return TrainingArguments(**fields)
+        return HealingArguments(**fields)
     except ImportError as error:
         raise ConversionError("healing wants accelerate, for transformers' Trainer: pip install accelerate.") from error
     except (TypeError, ValueError) as error:
@@ -365,7 +373,8 @@ def _prepare(
     path, process = work / WINDOWS, arguments.process_index
     try:
         if process == 0:
-            _begin(work, {"model": str(model.resolve()), **dataclasses.asdict(o), "files": files}, resume)
+            plan = masked({"model": str(model.resolve()), **dataclasses.asdict(o), "files": files})
+            _begin(work, plan, resume)
         if _of_first_process(not path.exists()) and (process == 0 or o.data == SELF):  # sampling is shared out
             sampler = teacher.to(arguments.device) if teacher is not None else None
             progress = not arguments.disable_tqdm and process == 0
@@ -458,10 +467,12 @@ def _write_companions(model: Path, folder: Path, o: HealingOptions, files: Mappi
     for pattern in (*COMPANIONS, NEURONS):
         for file in model.glob(pattern):
             shutil.copyfile(file, folder / file.name)
+    teacher = Path(o.teacher) if o.teacher and Path(o.teacher).is_dir() else None
     receipt = {
-        "options": dataclasses.asdict(o),
+        "options": {**dataclasses.asdict(o), "data": without_place(o.data), "teacher": without_place(o.teacher)},
         "data_sha256": files["text"],
         "teacher_revision": files["teacher"],
+        "teacher_sha256": {f.name: sha256(f) for f in sorted(teacher.glob("*.safetensors"))} if teacher else None,
         "tokens_seen": healed.tokens_seen,
         "held_out_nats_per_token": {"before": healed.before, "after": healed.after},
         "versions": versions("accelerate"),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..convert.loading_bars import without_loading_bars
+from ..convert.masking import masked
 from .errors import EvaluationError, cannot_load
 from .identity import identity_of
 from .kept import Answers, KeptAnswers, answering, answers_of
@@ -353,7 +354,7 @@ def _summary(results: Results) -> str:
 
 
 def save_results(results: Results, output: Path) -> None:
-    """Write results and samples as the harness's own command does.
+    """Write results and samples as the harness's own command does, with secrets masked in all but the samples.
 
     Raises:
         EvaluationError: something could not be written, of which the harness itself would only warn.
@@ -370,7 +371,8 @@ def save_results(results: Results, output: Path) -> None:
         fewshot_as_multiturn=None,
     )
     samples = results["samples"]
-    tracker.save_results_aggregated(results={k: v for k, v in results.items() if k != "samples"}, samples=samples)
+    told = masked({key: value for key, value in results.items() if key != "samples"})
+    tracker.save_results_aggregated(results=told, samples=samples)
     for task, task_samples in samples.items():
         tracker.save_results_samples(task_name=task, samples=task_samples)
     written = set(output.rglob("*.json*")) - before

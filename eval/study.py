@@ -11,6 +11,7 @@ from typing import Any
 
 from ..convert.card import COMPARISON
 from ..convert.destination import differing
+from ..convert.masking import masked
 from ..convert.whole_file import write_whole
 from . import cost, inspection
 from .comparison import compare, sentence_of, table_of
@@ -165,7 +166,7 @@ def plan_of(
         "versions": versions(),
         **decisive,
     }
-    return json.loads(json.dumps(plan, default=str))
+    return json.loads(json.dumps(masked(plan), default=str))
 
 
 def _begin_together(work: Path, plan: Mapping[str, Any], resume: bool) -> None:
@@ -222,7 +223,7 @@ def _conclude(
         "verdicts": verdicts,
         "n-shot": results["finedeep"]["n-shot"],
         "contexts": beginning,
-        "options": {key: value for key, value in options.items() if key not in NOT_TOLD},
+        "options": masked({key: value for key, value in options.items() if key not in NOT_TOLD}),
         "versions": versions(),
     }
     how = {"device": options.get("device"), "dtype": options.get("dtype", "auto")}

@@ -25,6 +25,7 @@ import transformers
 import yaml
 from datasets import IterableDataset, load_dataset
 from finedeep import FinedeepConfig, FinedeepForCausalLM, __version__
+from finedeep.convert.masking import masked
 from finedeep.convert.training_checkpoints import whole_checkpoints
 from finedeep.demo.dense import train_tokenizer
 from finedeep.eval.cost import flops
@@ -223,7 +224,7 @@ class Log(TrainerCallback):
         self.path = path
         self.tokens_a_step = recipe["data"]["context"]
         self.first = {
-            "recipe": without_folders(recipe),
+            "recipe": masked(without_folders(recipe)),
             "parameters": model.num_parameters(),
             "trained": model.num_parameters(only_trainable=True),
             "flops_per_token": flops(model, torch.zeros(1, recipe["data"]["context"], dtype=torch.long))
