@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .card import licence_of
+from .card import RECEIPT, licence_of
 from .errors import ConversionError
 from .hashing import sha256
 from .masking import masked
@@ -21,7 +21,6 @@ from .plan import Plan
 from .source import read_json
 from .whole_file import write_whole
 
-RECEIPT = "finedeep_conversion.json"
 # No safetensors file: vLLM, for one, takes every one that lies beside the weights for weights.
 NEURONS = "finedeep_neurons.json"
 PACKAGES = ("finedeep", "transformers", "torch", "safetensors")

@@ -103,7 +103,7 @@ class DenseCheckpoint:
         """Tokenizer, generation config, chat template and licence files."""
         for pattern in COMPANIONS:
             found = sorted(path for path in self.folder.glob(pattern) if path.is_file())
-            yield from (_inside(self.folder, path) for path in found)
+            yield from (inside(self.folder, path) for path in found)
 
 
 def check_finedeep(config: Mapping[str, Any], where: str) -> None:
@@ -127,7 +127,7 @@ def open_checkpoint(source: str | Path, revision: str | None = None, check: Chec
         ConversionError: there is no such folder or repository, or it holds no complete safetensors checkpoint.
     """
     folder = _local_folder(source, revision, check)
-    path = _inside(folder, folder / "config.json")
+    path = inside(folder, folder / "config.json")
     config = read_json(path, "the model's configuration")
     check(config, str(path))
     tensors: dict[str, TensorInfo] = {}
@@ -186,7 +186,7 @@ def _local_folder(source: str | Path, revision: str | None, check: Check) -> Pat
 def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
     """The weight files, each with the tensor names that an index lists for it (None where there is no index)."""
     if (folder / INDEX).is_file():
-        weight_map = read_json(_inside(folder, folder / INDEX), "the list of shards").get("weight_map")
+        weight_map = read_json(inside(folder, folder / INDEX), "the list of shards").get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ConversionError(f"{folder / INDEX} has no weight_map; get the checkpoint again.")
         files: dict[Path, set[str] | None] = {}
@@ -203,9 +203,9 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
                 f"{folder / INDEX} names shards that are not there: {', '.join(missing)}. "
                 "Download the checkpoint completely."
             )
-        return {_inside(folder, path): listed for path, listed in files.items()}
+        return {inside(folder, path): listed for path, listed in files.items()}
     if (folder / WEIGHTS).is_file():
-        return {_inside(folder, folder / WEIGHTS): None}
+        return {inside(folder, folder / WEIGHTS): None}
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles:
         raise ConversionError(
@@ -216,7 +216,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
     raise ConversionError(f"{folder} has neither {WEIGHTS} nor {INDEX}; a safetensors checkpoint is wanted.")
 
 
-def _inside(folder: Path, path: Path) -> Path:
+def inside(folder: Path, path: Path) -> Path:
     """`path`, unless it is a link out of the folder: what a checkpoint does not hold is not read.
 
     A snapshot in the Hub's cache links to the files of its repository, in the folder `blobs` beside it.

@@ -28,7 +28,7 @@ LOOKING_LIKE_ONE = [
 @pytest.mark.parametrize(
     "name",
     "token hub_token push_to_hub_token use_auth_token HF_TOKEN password db.password secret client_secret apiKey "
-    "api_key OPENAI_API_KEY credential credentials aws_access_key_id AWS_SECRET_ACCESS_KEY private_key passphrase".split(),
+    "api_key OPENAI_API_KEY credentials aws_access_key_id AWS_SECRET_ACCESS_KEY private_key passphrase".split(),
 )
 def test_names_of_secrets(name):
     assert masked({name: "anything"}) == {name: MASK}
