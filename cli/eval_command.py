@@ -31,7 +31,7 @@ import argparse
 import os
 import sys
 
-from .argument_types import DTYPES, batch, device, field, names, non_negative_int, positive_int
+from .argument_types import DTYPES, batch, boolean, device, field, names, non_negative_int, positive_int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +66,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="an argument of the harness's hf model, the value as JSON or as text; may be given again",
     )
+    option(
+        "--apply-chat-template",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="NAME",
+        help="make messages of questions by the model's chat template, or by one of its templates by name",
+    )
+    option(
+        "--fewshot-as-multiturn",
+        type=boolean,
+        nargs="?",
+        const=True,
+        metavar="BOOL",
+        help="examples are turns of the conversation (default: with a chat template; false: part of the question)",
+    )
+    option("--system-instruction", metavar="TEXT", help="comes before each question, as the system's message")
     option(
         "--seed",
         type=non_negative_int,

@@ -14,6 +14,7 @@ from ..convert.destination import differing
 from ..convert.masking import masked
 from ..convert.whole_file import write_whole
 from . import cost, inspection
+from .chat import BEGINNING, chat_template_of, check_same_template
 from .comparison import compare, sentence_of, table_of
 from .errors import EvaluationError
 from .harness import evaluate, save_results
@@ -47,6 +48,9 @@ def score(model: str | Path, tasks: Sequence[str] = (), **options: Any) -> Study
     if not is_needed():
         return None
     beginning = beginning_of(model)
+    if template := options.get("apply_chat_template"):
+        chat_template_of(model, template)
+        beginning = BEGINNING
     results = _score({"model": model}, tasks, **options)
     if not is_first_process():
         return None
@@ -91,6 +95,9 @@ def study(
     if not is_needed():
         return None
     beginning = check_same_tokenizer(baseline, model)
+    if template := options.get("apply_chat_template"):
+        check_same_template(baseline, model, template)
+        beginning = BEGINNING
     if text:
         check_text(Path(text))
     results = _score(models, tasks, **options)

@@ -602,7 +602,7 @@ def test_answers_of_nobody_knows_which_model_are_not_used(tmp_path, dense, quest
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--set", "pretrained=x"], "pretrained: no argument to set"),
+        (["--set", "pretrained=x"], "pretrained is no argument of the harness"),
         (["--set", "nothing=1"], "cannot be loaded as a causal language model"),
         (["--resume"], "--output"),
     ],
