@@ -27,7 +27,7 @@ from ..configuration_finedeep import FinedeepConfig
 from ..modeling_finedeep import FinedeepForCausalLM
 from .calibration_text import SELF, held_out
 from .destination import LOCK, alone, check_free, differing, whole_folder
-from .errors import ConversionError, check_whole_number
+from .errors import ConversionError, check_seed, check_whole_number
 from .hashing import sha256
 from .healing_data import healing_windows
 from .loading_bars import without_loading_bars
@@ -55,6 +55,22 @@ OWN: Mapping[str, Any] = {
 }
 
 
+# Fields for which healing has an option of its own, by that name.
+SET_BY_OPTION: Mapping[str, str] = {
+    "learning_rate": "learning_rate",
+    "max_steps": "steps",
+    "num_train_epochs": "steps",
+    "per_device_train_batch_size": "batch_size",
+    "seed": "seed",
+    "resume_from_checkpoint": "resume",
+}
+# Fields that would be accepted and do nothing.
+WITHOUT_EFFECT: Mapping[str, str] = {
+    "label_smoothing_factor": "the loss is healing's own; --divergence softens it by what the teacher says",
+}
+SEED_BITS = 32  # NumPy's, which `Trainer` seeds too
+
+
 @dataclass(frozen=True)
 class HealingOptions:
     """What the user asked for; the fields of the receipt's `options`."""
@@ -80,8 +96,9 @@ class HealingOptions:
 
     def check(self) -> None:
         """Raise `ConversionError` for an option that cannot be met."""
-        for name in ("tokens", "context", "steps", "batch_size"):
-            check_whole_number(name, getattr(self, name), least=1)
+        for name, least in {"tokens": 1, "context": 2, "steps": 1, "batch_size": 1}.items():
+            check_whole_number(name, getattr(self, name), least)
+        check_seed(self.seed, SEED_BITS)
         if not 0 <= self.divergence <= 1:
             raise ConversionError(
                 f"divergence={self.divergence} is not between 0 (next token only) and 1 (teacher only)."
@@ -98,6 +115,11 @@ class HealingOptions:
         unknown = set(self.training) - {f.name for f in dataclasses.fields(TrainingArguments)}
         if unknown:
             raise ConversionError(f"{', '.join(sorted(unknown))}: no field of transformers' TrainingArguments.")
+        for name in sorted(SET_BY_OPTION.keys() & self.training.keys()):
+            own = SET_BY_OPTION[name]
+            raise ConversionError(f"{name}: use healing's own option for it, --{own.replace('_', '-')} ({own}=).")
+        for name in sorted(WITHOUT_EFFECT.keys() & self.training.keys()):
+            raise ConversionError(f"{name} would have no effect: {WITHOUT_EFFECT[name]}.")
         if taken := set(self.training) & {*OWN, "output_dir"}:
             raise ConversionError(
                 f"{', '.join(sorted(taken))}: healing sets it itself; leave it out. (bf16 and fp16 are free.)"
@@ -234,7 +256,7 @@ def heal(
     o.check()
     check_free(destination)
     model = open_checkpoint(model, check=check_finedeep).folder
-    config = FinedeepConfig.from_pretrained(model)
+    config = _student_config(model)
     rate = RATE / config.hidden_size if o.learning_rate is None else o.learning_rate
     o = dataclasses.replace(o, context=min(o.context, config.max_position_embeddings), learning_rate=rate)
     # Before TrainingArguments: after them, DeepSpeed and FSDP would share the teacher out as it is loaded.
@@ -253,7 +275,7 @@ def heal(
             stack.enter_context(alone(work, destination))
         windows, held = _prepare(work, model, config, teacher, o, files, resume, arguments)
         stack.enter_context(without_loading_bars())
-        student = FinedeepForCausalLM.from_pretrained(model, dtype=torch.float32, use_safetensors=True)
+        student = _student(model)
         # Checkpoints of the training have no use for the model's own, which some versions refuse to save as it is.
         student.generation_config = GenerationConfig()
         trainer = HealingTrainer(
@@ -282,6 +304,22 @@ def heal(
     return healed
 
 
+def _student_config(model: Path) -> FinedeepConfig:
+    """The model's configuration. Raises `ConversionError` where it is broken."""
+    try:
+        config = FinedeepConfig.from_pretrained(model)
+    except Exception as error:  # the file may be a stranger's, and what a bad one raises differs by version
+        raise ConversionError(f"{model}/config.json is no Finedeep configuration that works: {_one_line(error)}") from (
+            error
+        )
+    if config.max_position_embeddings < 2:
+        raise ConversionError(
+            f"{model}/config.json has max_position_embeddings={config.max_position_embeddings}; at least 2 are needed, "
+            "a token to read and one to predict."
+        )
+    return config
+
+
 def _teacher(teacher: str, student: FinedeepConfig) -> PreTrainedModel:
     """The teacher, in its own dtype; on a CPU in float32, where half precision is slow."""
     dtype = "auto" if torch.accelerator.is_available() else torch.float32
@@ -297,8 +335,25 @@ def _teacher(teacher: str, student: FinedeepConfig) -> PreTrainedModel:
         )
     except ConversionError:
         raise
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a stranger's files, and what bad ones raise differs by version
         raise ConversionError(f"the teacher {teacher} cannot be loaded ({_one_line(error)}).") from error
+
+
+def _student(model: Path) -> FinedeepForCausalLM:
+    """The model, in float32. Raises `ConversionError` unless its file has each of its tensors and no other."""
+    try:
+        student, found = FinedeepForCausalLM.from_pretrained(
+            model, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # as above
+        raise ConversionError(f"{model} cannot be loaded ({_one_line(error)}).") from error
+    for what in ("missing", "unexpected"):
+        if names := found[f"{what}_keys"]:
+            raise ConversionError(
+                f"{model} has tensors that are {what}: {', '.join(sorted(names)[:5])}. Weights and config.json do not "
+                "belong together; convert again."
+            )
+    return student
 
 
 def _hidden_states(o: HealingOptions, student: FinedeepConfig, teacher: PreTrainedModel | None) -> float:

@@ -39,6 +39,7 @@ COMPANIONS = (
     "NOTICE*",
     "USE_POLICY*",
 )
+ADAPTER = "adapter_config.json"
 OURS = "finedeep_*"  # receipts of a converted model
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # More than any real configuration, index or tokenizer has; json needs some ten times as much memory.
@@ -127,6 +128,7 @@ def open_checkpoint(source: str | Path, revision: str | None = None, check: Chec
         ConversionError: there is no such folder or repository, or it holds no complete safetensors checkpoint.
     """
     folder = _local_folder(source, revision, check)
+    check_no_adapter(folder)
     path = inside(folder, folder / "config.json")
     config = read_json(path, "the model's configuration")
     check(config, str(path))
@@ -158,6 +160,10 @@ def open_checkpoint(source: str | Path, revision: str | None = None, check: Chec
 def _local_folder(source: str | Path, revision: str | None, check: Check) -> Path:
     folder = Path(source)
     if folder.is_dir():
+        if revision is not None:
+            raise ConversionError(
+                f"{source} is a folder here, which has no revisions; leave --revision {revision} out, or name a Hub id."
+            )
         return folder
     if folder.exists():
         raise ConversionError(f"{source} is a file; the folder of a checkpoint, or a Hub id, is wanted.")
@@ -168,7 +174,8 @@ def _local_folder(source: str | Path, revision: str | None, check: Check) -> Pat
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
 
     try:
-        folder = fetch(["config.json", "README.md", INDEX, *COMPANIONS, OURS], revision)
+        folder = fetch(["config.json", ADAPTER, "README.md", INDEX, *COMPANIONS, OURS], revision)
+        check_no_adapter(folder)
         check(read_json(folder / "config.json", "the model's configuration"), str(source))
         # Not "*.safetensors": some repositories have all weights in another form too.
         has_index = (folder / INDEX).is_file()
@@ -181,6 +188,17 @@ def _local_folder(source: str | Path, revision: str | None, check: Check) -> Pat
             f"{source} is not a folder here, and could not be fetched from the Hub ({reason}). "
             "Check the path or the id, and for private models log in with `hf auth login`."
         ) from error
+
+
+def check_no_adapter(folder: Path) -> None:
+    """Raise `ConversionError` for a folder that holds a PEFT adapter and no model."""
+    if not (folder / ADAPTER).is_file() or (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
+        return
+    base = read_json(folder / ADAPTER, "an adapter's configuration").get("base_model_name_or_path")
+    raise ConversionError(
+        f"{folder} holds a PEFT adapter, not a model. Merge it into its base first (AutoPeftModelForCausalLM."
+        f"from_pretrained(...).merge_and_unload().save_pretrained(...)), or take the base alone: {base or 'not named'}."
+    )
 
 
 def _weight_files(folder: Path) -> dict[Path, set[str] | None]:

@@ -121,6 +121,8 @@ def evaluate(
     say = say or (lambda line: None)
     for name in sorted(OWN_OPTIONS.keys() & (model_args or {}).keys()):
         raise EvaluationError(f"{name} is no argument of the harness's hf model that can be set: {OWN_OPTIONS[name]}.")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise EvaluationError(f"seed={seed!r} is not a whole number from 0 to {2**32 - 1}.")
     if fewshot_as_multiturn and not apply_chat_template:
         raise EvaluationError(
             "--fewshot-as-multiturn makes turns of a conversation of the examples, for which --apply-chat-template is "
@@ -322,6 +324,11 @@ def _errors_of(model: str | Path, tasks: Sequence[str]) -> Iterator[None]:
         yield
     except OSError as error:
         raise EvaluationError(f"{model} on {', '.join(tasks)}: {_one_line(error)}") from error
+    except OverflowError as error:  # exp() of what a word costs, where a model is all wrong or a script has no spaces
+        raise EvaluationError(
+            f"{model} has a perplexity on {', '.join(tasks)} that is too large for a number: its weights are damaged, "
+            "or the text has no spaces to count words by. Texts in a --local folder are measured in bits per byte."
+        ) from error
     except AssertionError as error:
         for assertion, said in ASSERTIONS.items():
             if assertion in traceback.format_exc():

@@ -11,6 +11,7 @@ would have had. The trained model is in OUT/model.
 """
 
 import argparse
+import glob
 import json
 import re
 import shutil
@@ -73,7 +74,8 @@ def changed(recipe: Recipe, changes: Iterable[str]) -> Recipe:
 
 
 def pretrain(recipe: Recipe, out: Path) -> None:
-    """Train as the recipe says. Losses are in nats per token."""
+    """Train as the recipe says. Losses are in nats per token. Exits where the recipe names no texts."""
+    check_texts(recipe)
     arguments = TrainingArguments(
         output_dir=str(out),
         eval_strategy="steps",
@@ -101,6 +103,20 @@ def pretrain(recipe: Recipe, out: Path) -> None:
         trainer.evaluate()
     trainer.save_model(out / "model")
     tokenizer.save_pretrained(out / "model")
+
+
+def check_texts(recipe: Recipe) -> None:
+    """Exit unless the recipe names texts that are there, before anything is made or loaded."""
+    data = recipe.get("data") or {}
+    for field in ("train", "validation"):
+        named = data.get(field)
+        for files in named.values() if isinstance(named, dict) and named else [named]:
+            if not files or not isinstance(files, str):
+                raise SystemExit(f"the recipe names no text as data.{field}: --set data.{field}=FILE")
+            if "://" not in files and not glob.glob(files):
+                raise SystemExit(
+                    f"data.{field}: {files} is not there; a text file, or several with wildcards, is needed."
+                )
 
 
 def validation_of(data: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
