@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("; ".join(["finedeep: interrupted", *map(str, interruption.args)]), file=sys.stderr)
         return 130
     except ValueError as error:
-        if type(error).__module__.split(".")[0] != "finedeep":
+        if type(error).__module__.split(".")[0] not in ("finedeep", "finedeep_cli"):
             raise
         print(f"finedeep: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

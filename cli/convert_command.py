@@ -19,6 +19,7 @@ examples:
 import argparse
 
 from .argument_types import non_negative_int, positive_int
+from .early import check_file, check_model
 
 # The command's name for each of `finedeep.convert.plan.Options`. Their meaning and their defaults are said here, since
 # --help must not import torch; a test holds the two against each other.
@@ -120,6 +121,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Convert and say what was made."""
+    check_model(arguments.source)
+    for text in (arguments.text, arguments.calibrate if arguments.calibrate != "self" else None):
+        if text is not None:
+            check_file(text, "a text")
     from finedeep.convert import convert_checkpoint, plan_conversion
 
     given = vars(arguments).copy()

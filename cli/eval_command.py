@@ -32,6 +32,7 @@ import os
 import sys
 
 from .argument_types import DTYPES, batch, boolean, device, field, names, non_negative_int, positive_int
+from .early import CommandError, check_file, check_folder, check_model, check_tasks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,9 +93,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--quiet", action="store_true", help="no progress, only the result")
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise `CommandError` for what can be seen before anything is imported or loaded."""
+    for model in filter(None, (arguments.model, arguments.baseline)):
+        check_model(model)
+    if not arguments.tasks and not arguments.local:
+        raise CommandError("there is nothing to score; name tasks of the harness (--tasks) or a folder (--local).")
+    if arguments.resume and not arguments.output:
+        raise CommandError("--resume goes on with what is in an --output folder; name it.")
+    if arguments.text and not arguments.baseline:
+        raise CommandError("--text compares a model with its --baseline; `finedeep inspect` looks at one model alone.")
+    if arguments.fewshot_as_multiturn and not arguments.apply_chat_template:
+        raise CommandError(
+            "--fewshot-as-multiturn makes turns of a conversation of the examples, for which --apply-chat-template is "
+            "needed."
+        )
+    if arguments.local:
+        check_folder(arguments.local, "questions (*.jsonl) or texts (*.txt)", ("*.jsonl", "*.txt"))
+    if arguments.text:
+        check_file(arguments.text, "a text")
+    if arguments.include_path:
+        check_folder(arguments.include_path, "definitions of tasks")
+    check_tasks(arguments.tasks, arguments.include_path)
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Score, compare and print."""
     given = {key: value for key, value in vars(arguments).items() if key != "run"}
+    _check(arguments)
     quiet, model, baseline = given.pop("quiet"), given.pop("model"), given.pop("baseline")
     given["model_args"] = dict(given["model_args"])
     if quiet:

@@ -10,6 +10,8 @@ examples:
 
 import argparse
 
+from .early import check_folder
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `finedeep export`."""
@@ -21,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Export and say where."""
+    check_folder(arguments.source, "a Finedeep model", ("config.json",))
     from finedeep.convert import export_checkpoint
 
     folder = export_checkpoint(

@@ -23,6 +23,7 @@ import argparse
 import sys
 
 from .argument_types import field, positive_int
+from .early import check_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,6 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Heal and say how far it went."""
+    for model in filter(None, (arguments.model, arguments.teacher)):
+        check_model(model)
     from finedeep.convert.healing import heal, is_main_process
 
     given = vars(arguments).copy()

@@ -14,6 +14,7 @@ examples:
 import argparse
 
 from .argument_types import DTYPES, device, positive_int
+from .early import check_file, check_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Inspect and print a table."""
+    for model in filter(None, (arguments.model, arguments.baseline)):
+        check_model(model)
+    check_file(arguments.text, "a text")
     from finedeep.eval.inspection import inspect, prepare, save, table_of
 
     if arguments.output:

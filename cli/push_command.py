@@ -16,6 +16,8 @@ examples:
 
 import argparse
 
+from .early import check_folder
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `finedeep push`."""
@@ -33,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Push and print the address."""
+    check_folder(arguments.folder, "a Finedeep model", ("config.json",))
     from finedeep.convert import push_folder
 
     pushed = push_folder(
