@@ -6,10 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from .errors import ConversionError
+from .progress import Progress
 from .text_files import read_documents
 from .tokenization import load_tokenizer
 
@@ -154,7 +160,7 @@ def sampled_batches(
     found = []
     with (
         torch.random.fork_rng([model.device] if model.device.type == "cuda" else []),
-        tqdm(total=total, desc="Sampling", unit="tok", unit_scale=True, disable=None if progress else True) as bar,
+        Progress("Sampling", total, "tokens", progress) as bar,
     ):
         for size, own_seed in mine:
             torch.manual_seed(own_seed)
@@ -162,6 +168,7 @@ def sampled_batches(
             if config.bos_token_id is not None:
                 first.fill_(config.bos_token_id)
             first = first.to(model.device)
+            bar.update(size)
             texts = _generate(
                 model,
                 first,
@@ -178,10 +185,21 @@ def sampled_batches(
                 cache_implementation="static",  # nothing is copied as the texts grow
                 disable_compile=True,
                 synced_gpus=False,  # processes may have different numbers of batches
+                stopping_criteria=StoppingCriteriaList([_Counting(bar)]),
             )
             found.append(texts.cpu())
-            bar.update(texts.numel())
     return found
+
+
+class _Counting(StoppingCriteria):
+    """Stops nothing: it counts tokens as they come."""
+
+    def __init__(self, bar: Progress):
+        self.bar = bar
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.bar.update(len(input_ids))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def _generate(model: PreTrainedModel, first: torch.Tensor, **how: Any) -> torch.Tensor:

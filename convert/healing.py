@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from transformers import (
     PreTrainedModel,
     PrinterCallback,
     Trainer,
+    TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
 
@@ -32,9 +35,10 @@ from .hashing import sha256
 from .healing_data import healing_windows
 from .loading_bars import without_loading_bars
 from .masking import masked
+from .progress import in_words, say, seconds_for
 from .receipt import NEURONS, RECEIPT, read_receipt, versions, without_place, write_json
 from .shards import save_whole
-from .source import COMPANIONS, check_finedeep, open_checkpoint, read_json
+from .source import COMPANIONS, DenseCheckpoint, check_finedeep, open_checkpoint, read_json
 from .training_checkpoints import whole_checkpoints
 from .whole_file import write_whole
 
@@ -201,6 +205,19 @@ class HealingTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
+class TimeLeft(TrainerCallback):
+    """A line with the time left, wherever losses are logged."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.begin, self.first = time.perf_counter(), state.global_step
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        done = state.global_step - self.first
+        if done and state.is_world_process_zero and state.global_step < state.max_steps:
+            left = (time.perf_counter() - self.begin) / done * (state.max_steps - state.global_step)
+            say(f"Healing: step {state.global_step:,} of {state.max_steps:,}, {in_words(left)} left")
+
+
 def hidden_state_distance(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:
     """The mean over layers and tokens of |h - h*|² / |h*|².
 
@@ -255,7 +272,8 @@ def heal(
     destination, o = Path(destination), HealingOptions(**options)
     o.check()
     check_free(destination)
-    model = open_checkpoint(model, check=check_finedeep).folder
+    checkpoint = open_checkpoint(model, check=check_finedeep)
+    model = checkpoint.folder
     config = _student_config(model)
     rate = RATE / config.hidden_size if o.learning_rate is None else o.learning_rate
     o = dataclasses.replace(o, context=min(o.context, config.max_position_embeddings), learning_rate=rate)
@@ -270,6 +288,8 @@ def heal(
             "finedeep_cli heal ... (or CUDA_VISIBLE_DEVICES=0 for one alone)."
         )
     files = _files(model, o, teacher)
+    if progress and arguments.process_index == 0:
+        _announce(o, checkpoint, teacher, arguments)
     with ExitStack() as stack:
         if arguments.process_index == 0:
             stack.enter_context(alone(work, destination))
@@ -290,6 +310,8 @@ def heal(
         )
         if not progress:
             trainer.remove_callback(PrinterCallback)
+        else:
+            trainer.add_callback(TimeLeft())
         checkpoints = whole_checkpoints(work)
         trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
         before = next(_losses(logs) for logs in trainer.state.log_history if "eval_loss" in logs)
@@ -302,6 +324,23 @@ def heal(
         healed = Healed(destination, trainer.state.num_input_tokens_seen, before, after)
         _save(model, trainer, config, o, files, healed)
     return healed
+
+
+def _announce(
+    o: HealingOptions, student: DenseCheckpoint, teacher: PreTrainedModel | None, arguments: TrainingArguments
+) -> None:
+    """Say what there is to do, and how long that may take."""
+    sequences = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    seen = o.steps * sequences * o.context
+    of_student = sum(torch.Size(info.shape).numel() for info in student.tensors.values())
+    of_teacher = teacher.num_parameters() if teacher is not None else 0
+    sampled = 2 * of_teacher * o.tokens if o.data == SELF else 0
+    seconds = seconds_for((6 * of_student + 2 * of_teacher) * seen + sampled, arguments.device)
+    text = "sampled from the teacher" if o.data == SELF else f"of {without_place(o.data)}"
+    say(
+        f"Healing on {o.tokens:,} tokens {text}: {o.steps:,} steps of {sequences} x {o.context} tokens, {seen:,} in "
+        f"all; at least {in_words(seconds / arguments.world_size)}"
+    )
 
 
 def _student_config(model: Path) -> FinedeepConfig:
