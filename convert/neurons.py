@@ -36,7 +36,7 @@ class Layer:
 
 def layer_generator(seed: int, layer: int) -> torch.Generator:
     """The generator with which a conversion's seed shuffles a layer; export makes it again."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + layer)
+    return torch.Generator().manual_seed((seed * 1_000_003 + layer) % 2**64)
 
 
 Order = Callable[[Layer], torch.Tensor]

@@ -13,9 +13,10 @@ import torch
 from transformers import LlamaConfig, PretrainedConfig
 
 from ..configuration_finedeep import FinedeepConfig
-from .errors import ConversionError, check_whole_number, one_line
+from .errors import ConversionError, check_seed, check_whole_number, one_line
 from .families import FAMILIES, Family
 from .hashing import sha256
+from .kinds import check_kind
 from .mapping import RECOMPUTED, Target, dense_shapes, family_config, pieces, some, targets
 from .neurons import ASSIGNMENTS, Layer, layer_generator
 from .shards import Entry, Shard, parse_size, plan_shards, size
@@ -35,6 +36,9 @@ NOT_INHERITED = {
     "auto_map",
     "transformers_version",
     "_name_or_path",
+    "attn_implementation",  # which may not be installed here
+    "_attn_implementation",
+    "_attn_implementation_internal",
     "intermediate_size",
     "num_labels",
     "id2label",
@@ -90,8 +94,10 @@ class Options:
             raise ConversionError("assignment 'activity' measures on a text; name one (--assignment-text, or text=).")
         if self.assignment == "nonlinearity" and not self.calibrates:
             raise ConversionError("assignment 'nonlinearity' is measured in calibration; add --calibrate (calibrate=).")
-        for field, least in {"calibration_tokens": 1, "calibration_steps": 0}.items():
-            check_whole_number(field, getattr(self, field), least)
+        least = {"num_expert_sublayers": 1, "num_experts_per_sublayer": 1, "calibration_tokens": 1}
+        for field, value in {**least, "calibration_steps": 0}.items():
+            check_whole_number(field, getattr(self, field), value)
+        check_seed(self.seed)
         parse_size(self.max_shard_size)
 
 
@@ -310,6 +316,7 @@ def _check_numbers(config: FinedeepConfig) -> None:
 
 def check_tensors(dense: DenseCheckpoint, config: PretrainedConfig, wanted: Mapping[str, tuple[int, ...]]) -> None:
     """Every tensor that the config asks for is there with its shape, and no other."""
+    check_kind(dense, wanted)
     missing = [name for name in wanted if name not in dense.tensors]
     if missing:
         raise ConversionError(f"{dense.folder} lacks {some(missing)}, which its config.json asks for.")
@@ -328,9 +335,11 @@ def check_tensors(dense: DenseCheckpoint, config: PretrainedConfig, wanted: Mapp
             "lm_head.weight. Set tie_word_embeddings to false in its config.json if that weight is the right one."
         )
     if unknown:
+        are_biases = all(name.endswith(".bias") for name in unknown)
+        biases = " attention_bias or mlp_bias is missing from the config." if are_biases else ""
         raise ConversionError(
             f"{dense.folder} holds {some(unknown)}, which a {config.model_type} model with its config.json does not "
-            "have. If they are biases, attention_bias or mlp_bias is missing from the config."
+            f"have.{biases}"
         )
 
 

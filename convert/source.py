@@ -40,6 +40,7 @@ COMPANIONS = (
     "NOTICE*",
     "USE_POLICY*",
 )
+ADAPTER = "adapter_config.json"
 OURS = "finedeep_*"  # receipts of a converted model
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # More than any real configuration, index or tokenizer has; json needs some ten times as much memory.
@@ -103,7 +104,7 @@ class DenseCheckpoint:
         """Tokenizer, generation config, chat template and licence files."""
         for pattern in COMPANIONS:
             found = sorted(path for path in self.folder.glob(pattern) if path.is_file())
-            yield from (_inside(self.folder, path) for path in found)
+            yield from (inside(self.folder, path) for path in found)
 
 
 def check_finedeep(config: Mapping[str, Any], where: str) -> None:
@@ -127,7 +128,8 @@ def open_checkpoint(source: str | Path, revision: str | None = None, check: Chec
         ConversionError: there is no such folder or repository, or it holds no complete safetensors checkpoint.
     """
     folder = _local_folder(source, revision, check)
-    path = _inside(folder, folder / "config.json")
+    check_no_adapter(folder)
+    path = inside(folder, folder / "config.json")
     config = read_json(path, "the model's configuration")
     check(config, str(path))
     tensors: dict[str, TensorInfo] = {}
@@ -158,6 +160,10 @@ def open_checkpoint(source: str | Path, revision: str | None = None, check: Chec
 def _local_folder(source: str | Path, revision: str | None, check: Check) -> Path:
     folder = Path(source)
     if folder.is_dir():
+        if revision is not None:
+            raise ConversionError(
+                f"{source} is a folder here, which has no revisions; leave --revision {revision} out, or name a Hub id."
+            )
         return folder
     check_model(source, ConversionError)
 
@@ -165,7 +171,8 @@ def _local_folder(source: str | Path, revision: str | None, check: Check) -> Pat
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
 
     try:
-        folder = fetch(["config.json", "README.md", INDEX, *COMPANIONS, OURS], revision)
+        folder = fetch(["config.json", ADAPTER, "README.md", INDEX, *COMPANIONS, OURS], revision)
+        check_no_adapter(folder)
         check(read_json(folder / "config.json", "the model's configuration"), str(source))
         # Not "*.safetensors": some repositories have all weights in another form too.
         has_index = (folder / INDEX).is_file()
@@ -180,10 +187,21 @@ def _local_folder(source: str | Path, revision: str | None, check: Check) -> Pat
         ) from error
 
 
+def check_no_adapter(folder: Path) -> None:
+    """Raise `ConversionError` for a folder that holds a PEFT adapter and no model."""
+    if not (folder / ADAPTER).is_file() or (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
+        return
+    base = read_json(folder / ADAPTER, "an adapter's configuration").get("base_model_name_or_path")
+    raise ConversionError(
+        f"{folder} holds a PEFT adapter, not a model. Merge it into its base first (AutoPeftModelForCausalLM."
+        f"from_pretrained(...).merge_and_unload().save_pretrained(...)), or take the base alone: {base or 'not named'}."
+    )
+
+
 def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
     """The weight files, each with the tensor names that an index lists for it (None where there is no index)."""
     if (folder / INDEX).is_file():
-        weight_map = read_json(_inside(folder, folder / INDEX), "the list of shards").get("weight_map")
+        weight_map = read_json(inside(folder, folder / INDEX), "the list of shards").get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ConversionError(f"{folder / INDEX} has no weight_map; get the checkpoint again.")
         files: dict[Path, set[str] | None] = {}
@@ -200,9 +218,9 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
                 f"{folder / INDEX} names shards that are not there: {', '.join(missing)}. "
                 "Download the checkpoint completely."
             )
-        return {_inside(folder, path): listed for path, listed in files.items()}
+        return {inside(folder, path): listed for path, listed in files.items()}
     if (folder / WEIGHTS).is_file():
-        return {_inside(folder, folder / WEIGHTS): None}
+        return {inside(folder, folder / WEIGHTS): None}
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles:
         raise ConversionError(
@@ -213,7 +231,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
     raise ConversionError(f"{folder} has neither {WEIGHTS} nor {INDEX}; a safetensors checkpoint is wanted.")
 
 
-def _inside(folder: Path, path: Path) -> Path:
+def inside(folder: Path, path: Path) -> Path:
     """`path`, unless it is a link out of the folder: what a checkpoint does not hold is not read.
 
     A snapshot in the Hub's cache links to the files of its repository, in the folder `blobs` beside it.

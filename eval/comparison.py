@@ -23,7 +23,7 @@ AGGREGATE_OF = {
 }
 SIZED = {"weighted_perplexity", "bits_per_byte"}  # whose samples are pairs of log-likelihood and words or bytes
 # A task is judged by the first of these that it has, otherwise by its own first metric.
-MAIN_METRICS = ("acc_norm", "acc", "exact_match", "contains", "word_perplexity")
+MAIN_METRICS = ("acc_norm", "acc", "exact_match", "contains", "bits_per_byte", "word_perplexity")
 Pairs = Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
 
 

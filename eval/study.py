@@ -11,7 +11,9 @@ from typing import Any
 from finedeep_files.whole_file import write_whole
 
 from ..convert.card import COMPARISON
+from ..convert.masking import masked
 from . import cost, inspection
+from .chat import BEGINNING, chat_template_of, check_same_template
 from .comparison import compare, sentence_of, table_of
 from .errors import EvaluationError
 from .harness import evaluate, save_results
@@ -47,6 +49,9 @@ def score(model: str | Path, tasks: Sequence[str] = (), **options: Any) -> Study
         return None
     check_output(**{name: options.get(name) for name in PLACES})
     beginning = beginning_of(model)
+    if template := options.get("apply_chat_template"):
+        chat_template_of(model, template)
+        beginning = BEGINNING
     with _working({"model": model}, tasks, options) as (work, output):
         results = _score({"model": model}, tasks, work, options)
         if not is_first_process():
@@ -94,6 +99,9 @@ def study(
         return None
     check_output(**{name: options.get(name) for name in PLACES})
     beginning = check_same_tokenizer(baseline, model)
+    if template := options.get("apply_chat_template"):
+        check_same_template(baseline, model, template)
+        beginning = BEGINNING
     if text:
         check_text(Path(text))
     with _working(models, tasks, options) as (work, output):
@@ -185,7 +193,7 @@ def plan_of(
         "versions": versions(),
         **decisive,
     }
-    return json.loads(json.dumps(plan, default=str))
+    return json.loads(json.dumps(masked(plan), default=str))
 
 
 def _conclude(
@@ -208,7 +216,7 @@ def _conclude(
         "verdicts": verdicts,
         "n-shot": results["finedeep"]["n-shot"],
         "contexts": beginning,
-        "options": {key: value for key, value in options.items() if key not in NOT_TOLD},
+        "options": masked({key: value for key, value in options.items() if key not in NOT_TOLD}),
         "versions": versions(),
     }
     how = {"device": options.get("device"), "dtype": options.get("dtype", "auto")}

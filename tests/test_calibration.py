@@ -292,7 +292,7 @@ def test_the_errors_are_those_of_the_models(tmp_path, gentle, text):
 def test_the_same_options_give_the_same_bytes(tmp_path, dense, text):
     calibrate(dense, tmp_path / "one", text)
     receipt = json.loads((tmp_path / "one" / RECEIPT).read_text())
-    convert_checkpoint(dense, tmp_path / "two", progress=False, **receipt["options"])
+    convert_checkpoint(dense, tmp_path / "two", progress=False, **{**receipt["options"], "calibrate": str(text)})
     assert fingerprint(tmp_path / "one") == fingerprint(tmp_path / "two")
     calibrate(dense, tmp_path / "three", text, seed=1)
     assert fingerprint(tmp_path / "one") != fingerprint(tmp_path / "three")

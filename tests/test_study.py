@@ -638,7 +638,7 @@ def test_answers_of_nobody_knows_which_model_are_neither_used_nor_removed(tmp_pa
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--set", "pretrained=x"], "pretrained: no argument to set"),
+        (["--set", "pretrained=x"], "pretrained is no argument of the harness"),
         (["--set", "nothing=1"], "cannot be loaded as a causal language model"),
         (["--resume"], "--output"),
     ],
