@@ -11,8 +11,11 @@ SECRET = (
     *("apikey", "api key", "api keys", "access key", "secret key", "private key", "auth key", "authorization"),
     *("secret access key", "access key id"),
 )
-# Words before "token" with which it is one of the vocabulary's.
-OF_A_VOCABULARY = ("bos", "eos", "pad", "unk", "sep", "cls", "mask", "eot", "prefix", "special", "image", "audio")
+# Words before "token" with which it is one of a vocabulary's or of a text's.
+OF_A_VOCABULARY = (
+    *("bos", "eos", "pad", "unk", "sep", "cls", "mask", "eot", "prefix", "special", "image", "audio"),
+    *("per", "next", "last", "first", "new", "a", "each", "begin", "start", "end"),
+)
 WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 VALUES = re.compile(
     "|".join(
@@ -47,9 +50,9 @@ def masked(value: Any, name: str = "") -> Any:
 
     Args:
         value: anything. What is neither of those nor a text is handed back as it is.
-        name: of the field that holds it. Whatever a secret's field holds is masked, but for None and booleans.
+        name: of the field that holds it. Whatever a secret's field holds is masked, but for None, booleans and floats.
     """
-    if value is None or isinstance(value, bool):
+    if value is None or isinstance(value, bool | float):
         return value
     if names_a_secret(name):
         return MASK

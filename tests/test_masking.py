@@ -41,7 +41,8 @@ def test_names_of_secrets(name):
 @pytest.mark.parametrize(
     "name",
     "tokens calibration_tokens tokens_seen max_new_tokens bos_token eos_token pad_token unk_token tokenizer_pad_token "
-    "eos_token_id add_bos_token_id tokenizer monkey key keys max_gen_toks token_gates".split(),
+    "eos_token_id add_bos_token_id tokenizer monkey key keys max_gen_toks token_gates next_token flops_per_token "
+    "held_out_nats_per_token".split(),
 )
 def test_names_of_other_things(name):
     assert not names_a_secret(name)
