@@ -24,7 +24,7 @@ from .plan import Options, Plan, make_plan, same_plan
 from .probe import LayerProbe, probe_tokens
 from .receipt import NEURONS, read_neuron_table, versions, write_neuron_table, write_receipt
 from .shards import FolderWriter, write_index
-from .source import TOKENIZER_CONFIG, DenseCheckpoint, open_checkpoint, read_json
+from .source import TOKENIZER_CONFIG, DenseCheckpoint, copy_companion, open_checkpoint, read_json
 from .tensors import made
 from .tokenization import keep_tokens
 from .whole_file import write_whole
@@ -240,10 +240,9 @@ def _layer_probe(h: torch.Tensor, plan: Plan, layer: int) -> LayerProbe:
 
 def _write_companions(folder: Path, dense: DenseCheckpoint) -> None:
     for file in dense.companions():
-        if file.name != TOKENIZER_CONFIG:
-            shutil.copyfile(file, folder / file.name)
-            continue
-        content = read_json(file, "the tokenizer's configuration")
-        # The user will load this folder with trust_remote_code: it must not point at anybody else's code.
-        content.pop("auto_map", None)
-        (folder / file.name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        copy = copy_companion(file, dense.folder, folder)
+        if file.name == TOKENIZER_CONFIG:
+            content = read_json(file, "the tokenizer's configuration")
+            # The user will load this folder with trust_remote_code: it must not point at anybody else's code.
+            content.pop("auto_map", None)
+            copy.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

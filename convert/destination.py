@@ -141,7 +141,9 @@ def _begin(folder: Path, destination: Path, plan: Mapping[str, Any], resume: boo
         )
     for file in folder.iterdir():
         kept = file.name in (LOCK, PLAN) or (resume and before == plan and file.name.endswith(KEPT))
-        if not kept:
+        if file.is_dir() and not file.is_symlink():
+            shutil.rmtree(file)  # of companions, which are copied again
+        elif not kept:
             file.unlink()
     if before != plan or not resume:
         write_whole(path, json.dumps(plan))
@@ -153,9 +155,10 @@ def differing(plan: Mapping[str, Any], before: Mapping[str, Any]) -> str:
 
 
 def _finish(folder: Path, destination: Path) -> None:
-    for file in folder.glob("[!.]*"):
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
+    for file in folder.rglob("[!.]*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
     try:
         check_free(destination)
     except ConversionError as error:

@@ -1,7 +1,6 @@
 """Turn a Finedeep model that is a dense model in disguise back into the dense model."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from .plan import (
 )
 from .receipt import NEURONS, RECEIPT, read_neuron_table, read_receipt
 from .shards import Entry, FolderWriter, parse_size, plan_shards, write_index
-from .source import DenseCheckpoint, check_finedeep, open_checkpoint
+from .source import DenseCheckpoint, check_finedeep, copy_companion, open_checkpoint
 
 # What a Llama's configuration cannot say, and the value that it would have to have.
 BEYOND_LLAMA: dict[str, Any] = {
@@ -117,7 +116,7 @@ def export_checkpoint(
         content = {"architectures": [_architecture(family_name)], "model_type": family_name, **fields}
         (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         for file in held.companions():
-            shutil.copyfile(file, folder / file.name)
+            copy_companion(file, held.folder, folder)
     return destination
 
 

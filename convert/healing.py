@@ -33,7 +33,7 @@ from .healing_data import healing_windows
 from .loading_bars import without_loading_bars
 from .receipt import NEURONS, RECEIPT, read_receipt, versions, write_json
 from .shards import save_whole
-from .source import COMPANIONS, check_finedeep, open_checkpoint, read_json
+from .source import check_finedeep, companions_in, copy_companion, open_checkpoint, read_json
 from .training_checkpoints import whole_checkpoints
 from .whole_file import write_whole
 
@@ -455,9 +455,8 @@ def _save(
 
 def _write_companions(model: Path, folder: Path, o: HealingOptions, files: Mapping[str, Any], healed: Healed) -> None:
     """What belongs to the model beside its weights, and the receipts: the conversion's, and healing's own."""
-    for pattern in (*COMPANIONS, NEURONS):
-        for file in model.glob(pattern):
-            shutil.copyfile(file, folder / file.name)
+    for file in (*companions_in(model), *model.glob(NEURONS)):
+        copy_companion(file, model, folder)
     receipt = {
         "options": dataclasses.asdict(o),
         "data_sha256": files["text"],

@@ -14,7 +14,7 @@ from huggingface_hub.utils import disable_progress_bars
 from .card import make_card, read_comparison, read_scores
 from .errors import ConversionError
 from .receipt import RECEIPT, read_receipt
-from .source import read_json
+from .source import MORE_TEMPLATES, read_json
 
 # In a process that cannot import this project: what anybody gets who has the folder or the id alone.
 FINGERPRINT = """
@@ -102,6 +102,7 @@ def push_folder(
     tell(f"Loading {folder} as anybody would ...")
     here = _fingerprint(str(folder.resolve()), None, {})
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != CARD and path.name[0] != ".")
+    files += sorted(folder.glob(MORE_TEMPLATES))
     api = HfApi()
     if not say:
         disable_progress_bars()
@@ -112,7 +113,7 @@ def push_folder(
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         pushed = api.create_commit(
             repo_id,
-            [CommitOperationAdd(file.name, file) for file in files],
+            [CommitOperationAdd(file.relative_to(folder).as_posix(), file) for file in files],
             commit_message="Upload Finedeep model",
             revision=revision,
             create_pr=create_pr,

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 TOKENIZER_CONFIG = "tokenizer_config.json"
+MORE_TEMPLATES = "additional_chat_templates/*.jinja"  # beside the default, as transformers saves them
 # What travels with the weights, where the source has it.
 COMPANIONS = (
     "tokenizer.json",
@@ -34,6 +36,7 @@ COMPANIONS = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    MORE_TEMPLATES,
     "generation_config.json",
     "LICENSE*",
     "NOTICE*",
@@ -101,9 +104,22 @@ class DenseCheckpoint:
 
     def companions(self) -> Iterator[Path]:
         """Tokenizer, generation config, chat template and licence files."""
-        for pattern in COMPANIONS:
-            found = sorted(path for path in self.folder.glob(pattern) if path.is_file())
-            yield from (_inside(self.folder, path) for path in found)
+        return companions_in(self.folder)
+
+
+def companions_in(folder: Path) -> Iterator[Path]:
+    """What travels with a checkpoint's weights. Raises `ConversionError` for a link out of the folder."""
+    for pattern in COMPANIONS:
+        found = sorted(path for path in folder.glob(pattern) if path.is_file())
+        yield from (_inside(folder, path) for path in found)
+
+
+def copy_companion(file: Path, source: Path, folder: Path) -> Path:
+    """Copy a file of `source` to its place in `folder`, which may be in a folder below it. Returns the copy."""
+    copy = folder / file.relative_to(source)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(file, copy)
+    return copy
 
 
 def check_finedeep(config: Mapping[str, Any], where: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .source import COMPANIONS, TOKENIZER_CONFIG, read_json
+from .source import TOKENIZER_CONFIG, companions_in, read_json
 from .whole_file import write_whole
 
 # What tokenizers like to differ in: spaces, case, digits, accents, other scripts, line ends, how a text begins, ...
@@ -83,8 +83,10 @@ def _alone(folder: Path) -> Iterator[Path]:
     """
     with tempfile.TemporaryDirectory(prefix="finedeep-tokenizer-") as place:
         alone = Path(place)
-        for file in {file for pattern in COMPANIONS for file in folder.glob(pattern)}:
-            (alone / file.name).symlink_to(file.resolve())
+        for file in companions_in(folder):
+            link = alone / file.relative_to(folder)
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(file.resolve())
         config = read_json(folder / "config.json", "the model's configuration")
         said = {field: config[field] for field in WANTED if isinstance(config.get(field), str)}
         (alone / "config.json").write_text(json.dumps(said), encoding="utf-8")
