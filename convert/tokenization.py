@@ -34,9 +34,10 @@ def keep_tokens(source: Path, folder: Path) -> None:
 
     transformers 5 goes by the model's type, which is another one now: for a Mistral or Phi-3 it takes tokenizer.json as
     it is, whatever class tokenizer_config.json names; for a type that it does not know it takes that class, which may
-    put its own rules in the place of the file's. Where that makes a difference, the class that reads the source is
-    named. Nothing is done where there is no tokenizer, and whatever is wrong with one is told of: no weights are lost
-    over it.
+    put its own rules in the place of the file's. transformers 4 asks to run the folder's code where no class is named,
+    and does not know the class that transformers 5 names. So the class that reads the source is named, where that makes
+    a difference. Nothing is done where there is no tokenizer, and whatever is wrong with one is told of: no weights are
+    lost over it.
     """
     try:
         _keep_tokens(source, folder)
@@ -45,25 +46,26 @@ def keep_tokens(source: Path, folder: Path) -> None:
 
 
 def _keep_tokens(source: Path, folder: Path) -> None:
-    before, after = _loaded(source), _loaded(folder)
-    if before is None or (after is not None and first_difference(before, after) is None):
+    before = _loaded(source)
+    if before is None:
         return
     path = folder / TOKENIZER_CONFIG
-    known = read_json(path, "the tokenizer's configuration") if path.is_file() else None
+    known = read_json(path, "the tokenizer's configuration") if path.is_file() else {}
     name = type(before).__name__
-    changes = {"tokenizer_class": AS_THE_FILE.get(name, name), "model_input_names": before.model_input_names}
-    write_whole(path, json.dumps({**(known or {}), **changes}, indent=2, ensure_ascii=False) + "\n")
-    after = _loaded(folder)
-    if after is None:
+    named = {**known, "tokenizer_class": AS_THE_FILE.get(name, name), "model_input_names": before.model_input_names}
+    every_version_knows = known.get("tokenizer_class") not in (None, *AS_THE_FILE)
+    for content in (known, named) if every_version_knows else (named, known):
+        write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        after = _loaded(folder)
+        if after is not None and first_difference(before, after) is None:
+            return
+    if not known:
         path.unlink()
-        if known is not None:
-            write_whole(path, json.dumps(known, indent=2, ensure_ascii=False) + "\n")
-    if after is None or first_difference(before, after) is not None:
-        warnings.warn(
-            f"a {name} reads {source}; of the converted folder, AutoTokenizer makes other tokens. Use the dense "
-            "model's tokenizer with it.",
-            stacklevel=3,
-        )
+    warnings.warn(
+        f"a {name} reads {source}; of the converted folder, AutoTokenizer makes other tokens. Use the dense model's "
+        "tokenizer with it.",
+        stacklevel=3,
+    )
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
