@@ -111,8 +111,7 @@ def export_checkpoint(
                 writer.write(entry.name, torch.cat(rows) if len(rows) > 1 else rows[0])
                 bar.update(entry.nbytes)
         write_index(folder, shards)
-        dtype = str(held.tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
-        fields["torch_dtype" if "torch_dtype" in fields else "dtype"] = dtype
+        fields["torch_dtype" if "torch_dtype" in fields else "dtype"] = str(held.dtype).removeprefix("torch.")
         content = {"architectures": [_architecture(family_name)], "model_type": family_name, **fields}
         (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         for file in held.companions():

@@ -436,18 +436,19 @@ def _save(
     files: Mapping[str, Any],
     healed: Healed,
 ) -> None:
-    """Write the healed model as a whole folder, in the dtype of the one it came from."""
+    """Write the healed model as a whole folder, each tensor in the dtype that it had."""
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
         student = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}  # torch.compile's
         if config.tie_word_embeddings:
             state.pop("lm_head.weight", None)
-        state = {name: tensor.to(config.dtype or torch.float32) for name, tensor in state.items()}
+        stored = {name: held.dtype for name, held in open_checkpoint(model, check=check_finedeep).tensors.items()}
+        state = {name: tensor.to(stored.get(name, tensor.dtype)) for name, tensor in state.items()}
         with whole_folder(healed.folder, {}) as folder:
             student.save_pretrained(folder, state_dict=state)
             (folder / "generation_config.json").unlink(missing_ok=True)  # it was the training's
-            config.save_pretrained(folder)  # which names the dtype of the file, not of the training
+            config.save_pretrained(folder)  # which names the dtype that it had, not the training's
             _write_companions(model, folder, o, files, healed)
         shutil.rmtree(trainer.args.output_dir, ignore_errors=True)  # its lock is open, which some file systems mind
     trainer.accelerator.wait_for_everyone()

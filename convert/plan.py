@@ -234,7 +234,7 @@ def make_plan(dense: DenseCheckpoint, options: Options) -> Plan:
         Entry(target.name, target.shape, CAST[options.dtype] or dense.tensors[target.piece.stored].dtype)
         for target in found
     ]
-    config.dtype = CAST[options.dtype] or dense.tensors["model.embed_tokens.weight"].dtype
+    config.dtype = CAST[options.dtype] or dense.dtype
     return Plan(dense, dense_config, config, options, found, plan_shards(entries, parse_size(options.max_shard_size)))
 
 

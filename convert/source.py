@@ -83,6 +83,22 @@ class DenseCheckpoint:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What transformers loads it in: the configuration's dtype, which need not be the file's.
+
+        Raises `ConversionError` for one in which no model can be loaded.
+        """
+        named = self.config.get("dtype") or self.config.get("torch_dtype")
+        if named is None:
+            return self.tensors["model.embed_tokens.weight"].dtype
+        known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+        if not isinstance(named, str) or named not in known:
+            raise ConversionError(
+                f"{self.folder / 'config.json'} has dtype {named!r}; name one of {', '.join(known)}, or leave it out."
+            )
+        return known[named]
+
     def load(self, name: str) -> torch.Tensor:
         """Read one tensor. Raises `ConversionError` where it holds NaN or infinity."""
         with _opened(self.tensors[name].file) as file:

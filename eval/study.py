@@ -13,7 +13,7 @@ from ..convert.card import COMPARISON
 from ..convert.destination import differing
 from ..convert.whole_file import write_whole
 from . import cost, inspection
-from .comparison import compare, sentence_of, table_of
+from .comparison import compare, notes_of, sentence_of, table_of
 from .errors import EvaluationError
 from .harness import evaluate, save_results
 from .identity import files_in, files_of, versions
@@ -203,6 +203,13 @@ def _begin(work: Path, plan: Mapping[str, Any], resume: bool) -> None:
         raise EvaluationError(f"{work} cannot be written ({error.strerror}); name another --output.") from error
 
 
+def _note_on_dtypes(dtypes: Mapping[str, str]) -> list[str]:
+    if len(set(dtypes.values())) == 1:
+        return []
+    scored = ", ".join(f"{name} in {dtype}" for name, dtype in dtypes.items())
+    return [f"Two dtypes are compared: {scored}. --dtype float32 scores both in one."]
+
+
 def _conclude(
     models: Mapping[str, str | Path],
     results: Mapping[str, Results],
@@ -215,13 +222,16 @@ def _conclude(
     say = options.get("say") or (lambda line: None)
     rows = compare(results["dense"], results["finedeep"], options.get("seed", 0))
     verdicts = [sentence_of(row) for row in rows if row.main]
-    parts = [table_of(rows), "\n".join(verdicts), beginning]
+    dtypes = {name: str(found["config"]["model_dtype"]).removeprefix("torch.") for name, found in results.items()}
+    notes = [*notes_of(rows), *_note_on_dtypes(dtypes), beginning]
+    parts = [table_of(rows), "\n".join(verdicts), *notes]
     comparison: dict[str, Any] = {
         "models": {name: str(path) for name, path in models.items()},
         "tasks": [row.as_dict() for row in rows],
         "verdicts": verdicts,
         "n-shot": results["finedeep"]["n-shot"],
-        "contexts": beginning,
+        "notes": notes,
+        "dtypes": dtypes,
         "options": {key: value for key, value in options.items() if key not in NOT_TOLD},
         "versions": versions(),
     }

@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 from conftest import TINY, make_dense
-from finedeep.convert import ConversionError, convert_checkpoint
+from finedeep.convert import ConversionError, convert_checkpoint, export_checkpoint
 from finedeep.convert.checkpoint import plan_conversion
 from finedeep.convert.neurons import PADDING, deal
 from hub_server import running_hub
@@ -137,6 +137,25 @@ def test_dtype_is_kept(tmp_path, dtype):
     convert_checkpoint(dense, tmp_path / "out", num_expert_sublayers=1, progress=False)
     assert {t.dtype for t in load_file(tmp_path / "out/model.safetensors").values()} == {dtype}
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == dtype
+
+
+@pytest.mark.parametrize(("stored", "named"), [(torch.float32, "bfloat16"), (torch.bfloat16, "float32")], ids=str)
+def test_config_and_file_of_two_dtypes_load_alike(tmp_path, stored, named):
+    """transformers 5 loads in the configuration's, and rounds what the file has. There and back it stays so."""
+    dense = make_dense(tmp_path / "dense", dtype=stored)
+    edit_config(dtype=named)(dense)
+    convert_checkpoint(dense, tmp_path / "there", num_expert_sublayers=1, num_experts_per_sublayer=4, progress=False)
+    export_checkpoint(tmp_path / "there", tmp_path / "back", progress=False)
+    folders = [dense, tmp_path / "there", tmp_path / "back"]
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval() for folder in folders]
+    assert {model.dtype for model in models} == {getattr(torch, named)}
+    for folder in folders:
+        assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {stored}
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        expected, *others = (model(ids).logits.float() for model in models)
+    for logits in others:
+        torch.testing.assert_close(logits, expected, rtol=0, atol=0.2 if named == "bfloat16" else 1e-4)
 
 
 def test_companions_come_along(dense, converted):
