@@ -5,6 +5,7 @@ import importlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 # name of the subcommand -> what it does; its module has `add_arguments(parser)` and `run(arguments)`
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for library in ("torchao", "torch.utils._pytree"):  # complain, on import, of kernels that this command never uses
         logging.getLogger(library).setLevel(logging.ERROR)
+    warnings.formatwarning = lambda message, *_, **__: f"finedeep: warning: {' '.join(str(message).split())}\n"
     try:
         arguments.run(arguments)
     except KeyboardInterrupt as interruption:

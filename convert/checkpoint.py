@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -84,6 +85,8 @@ def convert_checkpoint(
     destination = Path(destination)
     check_free(destination)
     plan = plan_conversion(source, revision=revision, **options)
+    if plan.much_padding:
+        warnings.warn(plan.much_padding, stacklevel=2)
     # A calibrated layer is kept on the disk, until all are, and then written into its shard.
     kept = sum(
         e.nbytes for shard in plan.shards for e in shard.entries if plan.options.calibrates and ".sublayers." in e.name

@@ -1,6 +1,7 @@
 """Turn a Finedeep model that is a dense model in disguise back into the dense model."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,9 @@ def export_checkpoint(
     """Write the dense model that a Finedeep model with M = 1 and constant gates is.
 
     With the receipt of its conversion in the folder, neurons go back to where they were, padding is taken off, and the
-    configuration is the dense one: the tensors equal the ones that were converted. Without it, a Llama is written,
-    of the same function, with neurons in the order of the experts.
+    configuration is the dense one: the tensors equal the ones that were converted. Padding that has learnt something
+    since, by an adapter, say, stays: the dense FFN is then as wide as the experts together. Without the receipt, a
+    Llama is written, of the same function, with neurons in the order of the experts.
 
     Args:
         source: the Finedeep folder, or a Hub id.
@@ -93,6 +95,14 @@ def export_checkpoint(
     except Exception as error:
         raise _no_receipt(held, error) from error
     _check_routers(held)
+    if neurons is not None and not _padding_is_silent(held, neurons):
+        warnings.warn(
+            f"{held.folder}: its padding neurons have learnt something, and stay: intermediate_size is "
+            f"{config.intermediate_size}, not {dense_config.intermediate_size} as in the model that it was made of.",
+            stacklevel=2,
+        )
+        neurons = [_padding_last(order, dense_config.intermediate_size) for order in neurons]
+        dense_config.intermediate_size = fields["intermediate_size"] = config.intermediate_size
     shapes = dense_shapes(dense_config)
     where = pieces(family, dense_config, shapes)
     parts: dict[str, list[tuple[str, Piece]]] = {}
@@ -221,6 +231,31 @@ def _orders(held: DenseCheckpoint, config: FinedeepConfig, options: Options, wid
             raise ConversionError(f"{path} is missing, which says where neurons were; remove {RECEIPT} to do without.")
         made = read_neuron_table(held.folder, layers, width)
     return [neurons.flatten() for neurons in made]
+
+
+def _padding_is_silent(held: DenseCheckpoint, neurons: list[torch.Tensor]) -> bool:
+    """Whether no padding neuron puts anything out, so that the function is the same without them."""
+    for layer, order in enumerate(neurons):
+        padding = (order == PADDING).nonzero().flatten()
+        if not len(padding):
+            continue
+        ffn = f"model.layers.{layer}.sublayers.0."
+        loud = held.load(f"{ffn}down_proj.weight")[:, padding].any(0)
+        # Older versions filled up with zeros throughout, of which an adapter of W_down alone makes nothing: act * 0.
+        up = [
+            held.load(name)[padding] for name in (f"{ffn}up_proj.weight", f"{ffn}up_proj.bias") if name in held.tensors
+        ]
+        if any((loud & rows.reshape(len(padding), -1).any(1)).any() for rows in up):
+            return False
+    return True
+
+
+def _padding_last(order: torch.Tensor, width: int) -> torch.Tensor:
+    """The order with numbers for padding neurons too, after the dense ones."""
+    numbered = order.clone()
+    padding = order == PADDING
+    numbered[padding] = width + torch.arange(int(padding.sum()))
+    return numbered
 
 
 def _ours(name: str) -> str:

@@ -9,11 +9,12 @@ import shutil
 import struct
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from conftest import TINY, make_dense
-from finedeep.convert import ConversionError, convert_checkpoint, export_checkpoint
+from finedeep.convert import ConversionError, convert_checkpoint, export_checkpoint, plan
 from finedeep.convert.checkpoint import plan_conversion
 from finedeep.convert.neurons import PADDING, deal
 from hub_server import running_hub
@@ -75,6 +76,29 @@ def test_one_sublayer_gives_the_dense_logits(tmp_path, variant, routing_function
     )
     assert done.padded_neurons == 4
     assert_same_logits(dense, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_experts_per_sublayer": 50}, r"56 of padding \(127%\); K=22 is the nearest without"),
+        ({"num_experts_per_sublayer": 50, "mode": "grow"}, r"6 of padding \(14%\); K=44 is the nearest without"),
+        ({"num_expert_sublayers": 3}, r"4 of padding \(9%\); no K goes without, with M=3"),
+        ({"num_experts_per_sublayer": 8}, None),  # four of 48
+    ],
+    ids=str,
+)
+def test_much_padding_is_told_with_a_k_that_needs_none(tmp_path, dense, options, words, monkeypatch):
+    if words and "no K" in words:
+        monkeypatch.setattr(plan, "MUCH_PADDING", 0.05)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        convert_checkpoint(dense, tmp_path / "out", progress=False, **options)
+    found = [str(warning.message) for warning in told if "padding" in str(warning.message)]
+    assert len(found) == (words is not None)
+    if words:
+        assert re.search(words, found[0])
+        assert found[0] in plan_conversion(dense, **options).text()
 
 
 def test_sharded_input_gives_the_same_bytes(tmp_path, dense):
@@ -249,6 +273,7 @@ def test_recomputed_and_redundant_tensors_are_allowed(tmp_path):
 
 BOTH = """
 import sys
+import warnings
 from finedeep_cli import main
 print([main(["convert", name, sys.argv[1], "--sublayers", "1", "--quiet"]) for name in ("org/gemma", "org/dense")])
 """
