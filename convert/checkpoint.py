@@ -108,7 +108,7 @@ def convert_checkpoint(
         _write_companions(folder, plan.dense)
         for file in CODE_FILES:
             shutil.copyfile(file, folder / file.name)
-        keep_tokens(plan.dense.folder, folder)
+        keep_tokens(plan.dense.folder, folder, plan.config.vocab_size)
         found = {name: future.result() for name, future in hashes.items()}
         is_folder = Path(source).is_dir()
         name = plan.dense.folder.resolve().name if is_folder else str(source)

@@ -29,26 +29,33 @@ def first_difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBas
     return next((text for text in texts if one(text)["input_ids"] != other(text)["input_ids"]), None)
 
 
-def keep_tokens(source: Path, folder: Path) -> None:
+def keep_tokens(source: Path, folder: Path, vocabulary: int) -> None:
     """See to it that AutoTokenizer gives the same tokens for a converted folder as for its source.
 
     transformers 5 goes by the model's type, which is another one now: for a Mistral or Phi-3 it takes tokenizer.json as
     it is, whatever class tokenizer_config.json names; for a type that it does not know it takes that class, which may
     put its own rules in the place of the file's. transformers 4 asks to run the folder's code where no class is named,
     and does not know the class that transformers 5 names. So the class that reads the source is named, where that makes
-    a difference. Nothing is done where there is no tokenizer, and whatever is wrong with one is told of: no weights are
-    lost over it.
+    a difference. Nothing is done where there is no tokenizer, and whatever is wrong with one is told of, tokens beyond
+    the model's `vocabulary` among it: no weights are lost over it.
     """
     try:
-        _keep_tokens(source, folder)
+        _keep_tokens(source, folder, vocabulary)
     except Exception as error:  # a stranger's files, and classes of many kinds
         warnings.warn(f"the tokenizer of {source} was copied as it is ({type(error).__name__}: {error}).", stacklevel=2)
 
 
-def _keep_tokens(source: Path, folder: Path) -> None:
+def _keep_tokens(source: Path, folder: Path, vocabulary: int) -> None:
     before = _loaded(source)
     if before is None:
         return
+    if beyond := sorted((number, token) for token, number in before.get_vocab().items() if number >= vocabulary):
+        warnings.warn(
+            f"the model of {source} has {vocabulary} tokens, and its tokenizer {len(beyond)} beyond those, such as "
+            f"{beyond[0][1]!r} ({beyond[0][0]}): a text or a batch with one of them fails. Resize the dense model's "
+            "embeddings, or take them out of the tokenizer.",
+            stacklevel=3,
+        )
     path = folder / TOKENIZER_CONFIG
     known = read_json(path, "the tokenizer's configuration") if path.is_file() else {}
     name = type(before).__name__
