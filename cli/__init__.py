@@ -42,7 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for library in ("torchao", "torch.utils._pytree"):  # complain, on import, of kernels that this command never uses
         logging.getLogger(library).setLevel(logging.ERROR)
-    warnings.formatwarning = lambda message, *_, **__: f"finedeep: warning: {' '.join(str(message).split())}\n"
+    usual = warnings.formatwarning
+    # What this package warns of is for the user, and the line of code is not.
+    warnings.formatwarning = lambda message, category, *rest: (
+        f"finedeep: warning: {' '.join(str(message).split())}\n"
+        if category is UserWarning
+        else usual(message, category, *rest)
+    )
     try:
         arguments.run(arguments)
     except KeyboardInterrupt as interruption:
@@ -53,4 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"finedeep: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    finally:
+        warnings.formatwarning = usual
     return 0
