@@ -31,7 +31,7 @@ from .progress import in_words, say, seconds_for
 from .shards import save_whole
 from .source import load_dense
 from .stream import Stream, over_chunks, sublayers_from, through
-from .tensors import cast, layer_tensors
+from .tensors import cast, layer_tensors, padding_rows
 
 WINDOWS = "calibration-windows.safetensors"
 LAYER = "calibrated-{}.safetensors"
@@ -169,11 +169,16 @@ class Calibration:
             layer = plan.layer(i, partial(activity_on, ffn, dense_u), partial(nonlinearity_on, ffn, dense_u))
             neurons = assign(plan.options.assignment, layer)
             tensors = {name: t for name, t in layer_tensors(plan, i, neurons).items() if ".sublayers." in name}
+            padding = {name: tensors[name][rows] for name, rows in padding_rows(tensors, neurons).items()}
+            for name, rows in padding_rows(tensors, neurons).items():
+                tensors[name][rows] = 0  # or a fit would share a neuron's work out to its copies
             cut = sublayers_from(plan.config, tensors, i, self.device)
             sublayers, errors = self._climb(cut, u, dense_u, wanted, i, held, bar)
             for name, tensor in sublayers.state_dict().items():
                 name = f"model.layers.{i}.sublayers.{name}"
                 tensors[name] = cast(name, tensor.cpu(), tensors[name].dtype)
+            for name, rows in padding_rows(tensors, neurons).items():
+                tensors[name][rows] = padding[name]
             known = {"errors": json.dumps(asdict(errors)), "threads": str(torch.get_num_threads())}
             save_whole({NEURONS: neurons, **tensors}, path, known)
             if self.progress:

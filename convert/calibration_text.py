@@ -142,6 +142,7 @@ def sampled_batches(
 
     Each batch has a seed of its own, so that it is the same whoever samples it.
     """
+    _check_bos(model.config)
     # The checkpoint's own may have penalties, which would make another text than the model's.
     model.generation_config = GenerationConfig()
     config = model.config
@@ -200,6 +201,14 @@ class _Counting(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         self.bar.update(len(input_ids))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _check_bos(config: Any) -> None:
+    if config.bos_token_id is not None and config.bos_token_id not in range(config.vocab_size):
+        raise ConversionError(
+            f"the model's config.json has bos_token_id={config.bos_token_id!r}, and the model has {config.vocab_size} "
+            "tokens, from 0; put the right one there, or null to have texts begin with tokens drawn at random."
+        )
 
 
 def _generate(model: PreTrainedModel, first: torch.Tensor, **how: Any) -> torch.Tensor:

@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(
     "{{ repo_id }}", revision="{{ revision }}", trust_remote_code=True
 )
-tokenizer = AutoTokenizer.from_pretrained("{{ repo_id }}", revision="{{ revision }}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{{ repo_id }}", revision="{{ revision }}", trust_remote_code=False)
 ```
 {% if parameters %}
 | | dense | Finedeep |

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -41,7 +40,7 @@ from .masking import masked
 from .progress import in_words, say, seconds_for
 from .receipt import NEURONS, RECEIPT, read_receipt, versions, without_place, write_json
 from .shards import save_whole
-from .source import COMPANIONS, INDEX, WEIGHTS, DenseCheckpoint, check_finedeep, open_checkpoint
+from .source import COMPANIONS, INDEX, WEIGHTS, DenseCheckpoint, check_finedeep, copy_companion, open_checkpoint
 from .training_checkpoints import train_to_the_end
 
 HEALING = "finedeep_healing.json"
@@ -527,17 +526,18 @@ def _save(
     files: Mapping[str, Any],
     healed: Healed,
 ) -> None:
-    """Write the healed model into a folder, in the dtype of the one it came from."""
+    """Write the healed model into a folder, each tensor in the dtype that it had."""
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
         student = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}  # torch.compile's
         if config.tie_word_embeddings:
             state.pop("lm_head.weight", None)
-        state = {name: tensor.to(config.dtype or torch.float32) for name, tensor in state.items()}
+        stored = {name: held.dtype for name, held in model.tensors.items()}
+        state = {name: tensor.to(stored.get(name, tensor.dtype)) for name, tensor in state.items()}
         student.save_pretrained(folder, state_dict=state)
         (folder / "generation_config.json").unlink(missing_ok=True)  # it was the training's
-        config.save_pretrained(folder)  # which names the dtype of the file, not of the training
+        config.save_pretrained(folder)  # which names the dtype that it had, not the training's
         copy_code(folder)
         _write_companions(model, folder, o, files, healed)
     trainer.accelerator.wait_for_everyone()
@@ -547,9 +547,8 @@ def _write_companions(
     model: DenseCheckpoint, folder: Path, o: HealingOptions, files: Mapping[str, Any], healed: Healed
 ) -> None:
     """What belongs to the model beside its weights, and the receipts: the conversion's, and healing's own."""
-    for file in (*model.companions(), model.folder / NEURONS):
-        if file.is_file():
-            shutil.copyfile(file, folder / file.name)
+    for file in (*model.companions(), *model.folder.glob(NEURONS)):
+        copy_companion(file, model.folder, folder)
     teacher = Path(o.teacher) if o.teacher and Path(o.teacher).is_dir() else None
     receipt = {
         "options": {**dataclasses.asdict(o), "data": without_place(o.data), "teacher": without_place(o.teacher)},

@@ -28,6 +28,7 @@ MODES = {
     "grow": "sub-layer 1 has the dense neurons, new ones start with a zero W_down: exact for any M, and larger",
 }
 MEASURED = ("activity", "nonlinearity")  # assignments that need a text
+MUCH_PADDING = 0.1  # of the FFN's width
 CAST = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Fields of a dense config that belong to the folder it came from or to its classes, not to the model.
 NOT_INHERITED = {
@@ -136,6 +137,21 @@ class Plan:
         return width - self.dense_config.intermediate_size
 
     @property
+    def much_padding(self) -> str | None:
+        """A line, where padding makes a good part of the FFN: how much, and with which K there would be none."""
+        width, o = self.dense_config.intermediate_size, self.options
+        if self.padded_neurons <= MUCH_PADDING * width:
+            return None
+        sublayers = 1 if o.mode == "grow" else o.num_expert_sublayers
+        fitting = [K for K in range(1, width + 1) if width % (K * sublayers) == 0]
+        nearest = min(fitting, key=lambda K: abs(K - o.num_experts_per_sublayer), default=None)
+        instead = f"K={nearest} is the nearest without" if nearest else f"no K goes without, with M={sublayers}"
+        return (
+            f"M={o.num_expert_sublayers} sub-layers of K={o.num_experts_per_sublayer} experts fill the FFN's {width} "
+            f"neurons up with {self.padded_neurons} of padding ({self.padded_neurons / width:.0%}); {instead}."
+        )
+
+    @property
     def exact(self) -> bool:
         """Whether the logits will equal the dense model's."""
         return self.options.exact
@@ -199,7 +215,7 @@ class Plan:
             f"memory      {size(self.memory)} of weights and activations at a time",
             f"logits      {'equal to the dense model' if self.exact else 'not equal to the dense model: M >= 2'}",
         ]
-        return "\n".join(lines)
+        return "\n".join([*lines, *([f"warning     {self.much_padding}"] if self.much_padding else [])])
 
     def _mapping_lines(self) -> list[str]:
         layers: dict[tuple[str, str], list[int]] = defaultdict(list)
@@ -240,7 +256,7 @@ def make_plan(dense: DenseCheckpoint, options: Options) -> Plan:
         Entry(target.name, target.shape, CAST[options.dtype] or dense.tensors[target.piece.stored].dtype)
         for target in found
     ]
-    config.dtype = CAST[options.dtype] or dense.tensors["model.embed_tokens.weight"].dtype
+    config.dtype = CAST[options.dtype] or dense.dtype
     return Plan(dense, dense_config, config, options, found, plan_shards(entries, parse_size(options.max_shard_size)))
 
 

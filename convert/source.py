@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 TOKENIZER_CONFIG = "tokenizer_config.json"
+MORE_TEMPLATES = "additional_chat_templates/*.jinja"  # beside the default, as transformers saves them
 # What travels with the weights, where the source has it.
 COMPANIONS = (
     "tokenizer.json",
@@ -35,6 +37,7 @@ COMPANIONS = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    MORE_TEMPLATES,
     "generation_config.json",
     "LICENSE*",
     "NOTICE*",
@@ -81,6 +84,22 @@ class DenseCheckpoint:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What transformers loads it in: the configuration's dtype, which need not be the file's.
+
+        Raises `ConversionError` for one in which no model can be loaded.
+        """
+        named = self.config.get("dtype") or self.config.get("torch_dtype")
+        if named is None:
+            return self.tensors["model.embed_tokens.weight"].dtype
+        known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+        if not isinstance(named, str) or named not in known:
+            raise ConversionError(
+                f"{self.folder / 'config.json'} has dtype {named!r}; name one of {', '.join(known)}, or leave it out."
+            )
+        return known[named]
+
     def load(self, name: str) -> torch.Tensor:
         """Read one tensor. Raises `ConversionError` where it holds NaN or infinity."""
         with _opened(self.tensors[name].file) as file:
@@ -102,9 +121,22 @@ class DenseCheckpoint:
 
     def companions(self) -> Iterator[Path]:
         """Tokenizer, generation config, chat template and licence files."""
-        for pattern in COMPANIONS:
-            found = sorted(path for path in self.folder.glob(pattern) if path.is_file())
-            yield from (inside(self.folder, path) for path in found)
+        return companions_in(self.folder)
+
+
+def companions_in(folder: Path) -> Iterator[Path]:
+    """What travels with a checkpoint's weights. Raises `ConversionError` for a link out of the folder."""
+    for pattern in COMPANIONS:
+        found = sorted(path for path in folder.glob(pattern) if path.is_file())
+        yield from (inside(folder, path) for path in found)
+
+
+def copy_companion(file: Path, source: Path, folder: Path) -> Path:
+    """Copy a file of `source` to its place in `folder`, which may be in a folder below it. Returns the copy."""
+    copy = folder / file.relative_to(source)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(file, copy)
+    return copy
 
 
 def check_finedeep(config: Mapping[str, Any], where: str) -> None:

@@ -37,6 +37,14 @@ OWN_OPTIONS = {
         ("tokenizer", "add_bos_token", "prefix_token_id"), "a model is scored with its own tokenizer, as that is set up"
     ),
 }
+# Tokens that the harness puts in by itself: for which requests, what for, and which; None: none.
+OWN_TOKENS: Mapping[str, tuple[str, Callable[[Any], int | None]]] = {
+    "loglikelihood_rolling": ("begins texts with", lambda lm: lm.prefix_token_id),
+    "generate_until": (
+        "fills batches (--batch-size 1 has nothing to fill) up with",
+        lambda lm: None if lm.batch_size == 1 else lm.tokenizer.pad_token_id,
+    ),
+}
 SUITE = Path(__file__).parent / "tasks"
 MOST_ON_A_CPU = 32  # sequences in a batch: more of them are no faster there
 SHARE_OF_MEMORY = 4  # one part of what is free may go into a batch's logits
@@ -134,6 +142,7 @@ def evaluate(
     arguments = {"pretrained": str(model), "dtype": dtype, "max_length": max_length, **(model_args or {})}
     lm = _load_model(arguments, batch_size, device)
     _check_logits(lm, model)
+    _check_tokens(lm, model, wanted)
     if apply_chat_template:
         # Of several, the harness would record the one that was asked for and apply the default.
         lm.tokenizer.chat_template = chat_template_of(model, apply_chat_template, lm.tokenizer)
@@ -284,6 +293,19 @@ def _check_logits(lm: Any, model: str | Path) -> None:
         )
 
 
+def _check_tokens(lm: Any, model: str | Path, wanted: "_Wanted") -> None:
+    """Raise `EvaluationError` where the harness would give the model a token that it does not have."""
+    types = {task.OUTPUT_TYPE for task in wanted.leaves.values()}
+    has = lm.model.config.vocab_size
+    for output_type, (use, token) in OWN_TOKENS.items():
+        number = token(lm)
+        if output_type in types and number is not None and number >= has:
+            raise EvaluationError(
+                f"the tokenizer of {model} {use} {lm.tokenizer.convert_ids_to_tokens(number)!r}, token {number}, and "
+                f"the model has {has} tokens, from 0. Name one of those in its tokenizer_config.json instead."
+            )
+
+
 @contextlib.contextmanager
 def _quick_side_jobs() -> Iterator[None]:
     """Keep the harness from asking git, which complains without a repository, and from listing packages again."""
@@ -329,6 +351,13 @@ def _errors_of(model: str | Path, tasks: Sequence[str]) -> Iterator[None]:
         raise EvaluationError(
             f"{model} has a perplexity on {', '.join(tasks)} that is too large for a number: its weights are damaged, "
             "or the text has no spaces to count words by. Texts in a --local folder are measured in bits per byte."
+        ) from error
+    except IndexError as error:
+        if "index out of range in self" not in str(error):  # torch's, of an embedding on a CPU
+            raise
+        raise EvaluationError(
+            f"{model} on {', '.join(tasks)}: the tokenizer gives a token that the model does not have. They do not "
+            "belong together, or a text has a token in it that was added to the tokenizer only."
         ) from error
     except AssertionError as error:
         for assertion, said in ASSERTIONS.items():

@@ -14,7 +14,7 @@ from ..convert.card import COMPARISON
 from ..convert.masking import masked
 from . import cost, inspection
 from .chat import BEGINNING, chat_template_of, check_same_template
-from .comparison import compare, sentence_of, table_of
+from .comparison import compare, notes_of, sentence_of, table_of
 from .errors import EvaluationError
 from .harness import evaluate, save_results
 from .identity import files_in, files_of, versions
@@ -196,6 +196,13 @@ def plan_of(
     return json.loads(json.dumps(masked(plan), default=str))
 
 
+def _note_on_dtypes(dtypes: Mapping[str, str]) -> list[str]:
+    if len(set(dtypes.values())) == 1:
+        return []
+    scored = ", ".join(f"{name} in {dtype}" for name, dtype in dtypes.items())
+    return [f"Two dtypes are compared: {scored}. --dtype float32 scores both in one."]
+
+
 def _conclude(
     models: Mapping[str, str | Path],
     results: Mapping[str, Results],
@@ -209,13 +216,16 @@ def _conclude(
     say = options.get("say") or (lambda line: None)
     rows = compare(results["dense"], results["finedeep"], options.get("seed", 0))
     verdicts = [sentence_of(row) for row in rows if row.main]
-    parts = [table_of(rows), "\n".join(verdicts), beginning]
+    dtypes = {name: str(found["config"]["model_dtype"]).removeprefix("torch.") for name, found in results.items()}
+    notes = [*notes_of(rows), *_note_on_dtypes(dtypes), beginning]
+    parts = [table_of(rows), "\n".join(verdicts), *notes]
     comparison: dict[str, Any] = {
         "models": {name: str(path) for name, path in models.items()},
         "tasks": [row.as_dict() for row in rows],
         "verdicts": verdicts,
         "n-shot": results["finedeep"]["n-shot"],
-        "contexts": beginning,
+        "notes": notes,
+        "dtypes": dtypes,
         "options": masked({key: value for key, value in options.items() if key not in NOT_TOLD}),
         "versions": versions(),
     }

@@ -195,10 +195,13 @@ def test_without_a_teacher_the_next_token_is_learnt(tmp_path, cut):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
 def test_the_dtype_is_kept(tmp_path, dense, dtype):
+    """The stored one as the file's, and config.json's, which may be another, as the configuration's."""
     convert_checkpoint(dense, tmp_path / "cut", num_experts_per_sublayer=4, dtype="bfloat16", progress=False)
+    path = tmp_path / "cut/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": "float32"}))
     heal(tmp_path / "cut", tmp_path / "out", teacher=str(dense), **{**QUICK, "steps": 2})
     assert {tensor.dtype for tensor in load_file(tmp_path / "out/model.safetensors").values()} == {dtype}
-    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "float32"
 
 
 class Stop(TrainerCallback):

@@ -22,6 +22,8 @@ def finedeep_folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("publish")
     make_dense(place / "dense")
     (place / "dense/README.md").write_text("---\nlicense: other\nlicense_name: kind\n---\nA card.\n")
+    (place / "dense/additional_chat_templates").mkdir()
+    (place / "dense/additional_chat_templates/tool_use.jinja").write_text("{{ tools }}")
     convert_checkpoint(place / "dense", place / "out", max_shard_size="60KB", progress=False)
     return place / "out"
 
@@ -55,6 +57,7 @@ def test_push_and_load_at_the_revision_that_the_card_names(tmp_path, finedeep_fo
     assert hub.private["org/model"]
     assert not (tmp_path / "cache").exists()  # what was pushed has come back into an empty one
     assert {"finedeep_conversion.json", "modeling_finedeep.py", "tokenizer.json"} <= set(files)
+    assert files["additional_chat_templates/tool_use.jinja"] == b"{{ tools }}"
     assert not any(name.startswith(".") for name in files)
     found = metadata(files["README.md"])
     assert found["library_name"] == "transformers"
