@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finedeep_files.inputs import check_model
 from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 from huggingface_hub.utils import disable_progress_bars
 
@@ -20,7 +21,7 @@ from .code_files import CODE, CODE_FILES, MARKED, UNMARKED, auto_map_of, is_newe
 from .errors import ConversionError, one_line
 from .hub import hub_errors
 from .receipt import RECEIPT, as_json, read_receipt, versions
-from .source import HUB_ID, check_finedeep, read_json
+from .source import check_finedeep, read_json
 from .standalone import standalone_logits
 
 # How far the logits of old and new code may be apart, as a share of the largest: some roundings of the dtype.
@@ -97,8 +98,7 @@ def refresh_code(
 
 def _fetched(model: str | Path, revision: str | None, whole: bool) -> tuple[Path, str]:
     """The part of a repository that is needed, and the commit that it is of."""
-    if Path(model).exists() or not HUB_ID.fullmatch(str(model)):
-        raise ConversionError(f"{model} is neither a folder nor a Hub id; name a Finedeep model's.")
+    check_model(model, ConversionError)
     patterns = ["config.json", CODE, RECEIPT, CARD]
     try:
         folder = Path(snapshot_download(str(model), revision=revision, allow_patterns=None if whole else patterns))
