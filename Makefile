@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-browser test-official test-matrix test-newest test-programs bench gpu-grid lint \
+.PHONY: help demo test test-gpu test-slow test-browser test-official test-matrix test-newest test-programs bench gpu-grid lint \
 	format clean
 
 help:
@@ -36,6 +36,10 @@ test: lint
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest tests -m slow --ignore=tests/official
 	FINEDEEP_HOSTILE_EXAMPLES=1000 $(BIN)/python -m pytest tests/test_hostile.py
+
+# on a GPU, with the interpreter that is there: nothing is installed, and the package need not be (about a minute)
+test-gpu:
+	$(PYTHON) -m pytest -q -p no:cacheprovider tests/test_gpu.py tests/test_kernels.py tests/test_modeling.py
 
 # the report's page in headless Chromium, where that is installed
 test-browser: $(INSTALLED)

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import transformers
 from tqdm import tqdm
 
 from ..configuration_finedeep import __version__
-from . import cases, growth, memory, results, starting, timing
+from . import cases, growth, memory, quick, results, starting, timing
 from .models import DTYPES, SHAPES, largest_difference, parameters_of
 from .processor import processor
 from .readme import check_marks, put_into_readme
@@ -56,6 +57,7 @@ def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
         )
 
 
+QUICK_SHAPE = quick.GPU.shape
 GROUPS = ("prefill", "decode", "train", "memory", "start", "growth")
 
 
@@ -75,6 +77,8 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not arguments.render:
         measure_all(arguments, path)
+    if arguments.quick:
+        return
     for file in results.render(arguments.output):
         print(file)
     if arguments.readme:
@@ -86,6 +90,13 @@ def main() -> None:
 def measure_all(arguments: argparse.Namespace, path: Path) -> None:
     """Run the jobs of the chosen groups; with --resume, those of them that the results do not hold yet."""
     header = described(arguments)
+    if arguments.quick:
+        rows = []
+        for row in quick.rows(arguments.seconds, time.monotonic() + arguments.deadline, arguments.device):
+            rows.append(rounded(row) if "seconds" in row else row)
+            print(json.dumps(summary(rows[-1])), flush=True)
+            save(path, header | {"rows": rows})
+        return
     rows = kept_rows(arguments, path, header)
     done = [(row["group"], row["case"]) for row in rows]
     wanted = [job for job in jobs(arguments) if job[0] in arguments.only and (group_of(job[0]), job[1]) not in done]
@@ -100,6 +111,14 @@ def measure_all(arguments: argparse.Namespace, path: Path) -> None:
                 tqdm.write(f"{group} {case}: left out, it does not fit: {str(error).splitlines()[0]}")
                 timing.let_go(arguments.device)
             save(path, header | {"rows": rows})
+
+
+def summary(row: dict[str, Any]) -> dict[str, Any]:
+    """A row in short: the case, and Finedeep over dense."""
+    peaks = row.get("bytes")
+    ratio = peaks["finedeep"] / peaks["dense"] if peaks else results.ratio_of(row)[1]
+    case = {key: row["case"][key] for key in ("work", "batch", "tokens", "M", "K", "compiled")}
+    return {"group": row["group"]} | case | {"finedeep / dense": round(ratio, 3)}
 
 
 def kept_rows(arguments: argparse.Namespace, path: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
@@ -163,7 +182,7 @@ def described(arguments: argparse.Namespace) -> dict[str, Any]:
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        "parameters": {name: parameters_of(name, 2, 8) for name in SHAPES},
+        "parameters": {name: parameters_of(name, 2, 8) for name in ((QUICK_SHAPE,) if arguments.quick else SHAPES)},
         "difference": {dtype: largest_difference(SHAPES["31M"], 2, 8, dtype, device) for dtype in DTYPES},
     }
 
@@ -183,12 +202,16 @@ def arguments_of() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of the CPU; default: what torch takes")
     parser.add_argument("--output", type=Path, default=Path("finedeep-benchmarks"), help="default: %(default)s")
     parser.add_argument("--resume", action="store_true", help="measure only what OUTPUT does not hold yet")
+    parser.add_argument("--quick", action="store_true", help="on a GPU: the cases that say most; nothing is rendered")
+    parser.add_argument("--deadline", type=float, default=480, help="of --quick, in seconds; default: %(default)s")
     parser.add_argument("--render", action="store_true", help="measure nothing")
     parser.add_argument("--readme", type=Path, help="a file to put the table of targets into, between its speed marks")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and here == "cpu" and not arguments.render:
         parser.error("--device cuda: torch finds no GPU here")
-    if importlib.util.find_spec("matplotlib") is None:
+    if arguments.quick and arguments.device != "cuda":
+        parser.error("--quick is of cases for a GPU: --device cuda")
+    if not arguments.quick and importlib.util.find_spec("matplotlib") is None:
         parser.error("the plots need matplotlib: pip install 'finedeep[plots]'")
     if arguments.readme:
         check_marks("speed", arguments.readme)

@@ -1,17 +1,20 @@
 """What is timed on whole models: prefill, decoding with a cache, training steps."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers import Cache, DynamicCache, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 from .models import CONTENDERS, SHAPES, build
 from .timing import Work, interleaved, let_go
 
 DECODED = 8  # tokens, one after the other, in a timed run of decoding
 CONTEXT = 128  # tokens in the cache before
+# What a forward calls its cache; transformers 5.24 has renamed it.
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 CACHES = {"dynamic": (DynamicCache, {}), "static": (StaticCache, {"max_cache_len": CONTEXT + DECODED})}
 
 
@@ -132,7 +135,7 @@ def prefill(case: Case, model: PreTrainedModel, device: str) -> Work:
 
     @torch.no_grad()
     def do(cache: DynamicCache) -> None:
-        forward(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+        forward(input_ids=ids, **{CACHE: cache}, logits_to_keep=1)
 
     return Work(lambda: DynamicCache(config=model.config), do, warmups_of(case))
 
@@ -159,7 +162,7 @@ def decode(case: Case, model: PreTrainedModel, device: str) -> Work:
     @torch.no_grad()
     def do(cache: Cache) -> None:
         for i in range(DECODED):
-            forward(input_ids=ids[:, i : i + 1], past_key_values=cache, position_ids=positions[i : i + 1].unsqueeze(0))
+            forward(input_ids=ids[:, i : i + 1], **{CACHE: cache}, position_ids=positions[i : i + 1].unsqueeze(0))
 
     return Work(prepare, do, warmups_of(case))
 

@@ -81,11 +81,12 @@ def build(contender: str, shape: Shape, M: int, K: int, dtype: str, device: str)
     """A model with seeded random weights. The routers are random too, so that gates differ and none is a constant."""
     torch.manual_seed(0)
     config = config_of(contender, shape, M, K)
-    if contender == "dense":
-        model = LlamaForCausalLM(config)
-    else:
-        model = FinedeepForCausalLM(config)
-        randomise_routers(model)
+    with torch.device(device):  # a large model takes its time to be made on a CPU and moved
+        if contender == "dense":
+            model = LlamaForCausalLM(config)
+        else:
+            model = FinedeepForCausalLM(config)
+            randomise_routers(model)
     if contender == "loop":
         swap_in_loops(model)
     return model.to(device=device, dtype=DTYPES[dtype])
@@ -93,11 +94,11 @@ def build(contender: str, shape: Shape, M: int, K: int, dtype: str, device: str)
 
 def randomise_routers(model: nn.Module) -> None:
     """Scores of a size that a trained router might have."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator("cpu").manual_seed(1)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, FinedeepSublayer):
-                module.router.copy_(torch.randn(module.router.shape, generator=generator))
+                module.router.copy_(torch.randn(module.router.shape, generator=generator, device="cpu"))
 
 
 def swap_in_loops(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
 
+from ..benchmarks.cases import CACHE
 from ..benchmarks.memory import peak_during, printed_by
 from ..benchmarks.processor import processor
 from ..benchmarks.timing import Work, interleaved, let_go, quartiles
@@ -76,7 +77,7 @@ def ids_for(model: PreTrainedModel, tokens: int) -> torch.Tensor:
 def prefill(model: PreTrainedModel, ids: torch.Tensor, _: Any = None) -> DynamicCache:
     """A filled cache. Args: ids (1, seq)."""
     cache = DynamicCache(config=model.config)
-    model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+    model(input_ids=ids, **{CACHE: cache}, logits_to_keep=1)
     return cache
 
 
@@ -84,7 +85,7 @@ def prefill(model: PreTrainedModel, ids: torch.Tensor, _: Any = None) -> Dynamic
 def decode(model: PreTrainedModel, ids: torch.Tensor, cache: DynamicCache) -> None:
     """One token after the other. Args: ids (1, seq)."""
     for token in ids.split(1, dim=1):
-        model(input_ids=token, past_key_values=cache)
+        model(input_ids=token, **{CACHE: cache})
 
 
 def flops(model: PreTrainedModel, ids: torch.Tensor) -> int:

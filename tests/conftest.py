@@ -3,6 +3,7 @@
 import inspect
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -15,6 +16,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if not os.path.exists("/dev/nvidia0"):
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Where the package is not installed, as on a machine that is only there for its GPU, it is this checkout.
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import from_checkout  # noqa: F401
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -9,6 +9,7 @@ from finedeep.convert.hashing import sha256
 from finedeep.convert.healing import HEALING, HealingTrainer, heal
 from finedeep.convert.masking import MASK, masked, names_a_secret
 from finedeep.convert.receipt import RECEIPT
+from finedeep.eval import study
 from finedeep_cli import main
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -138,9 +139,14 @@ def test_an_evaluation_writes_down_no_secret(tmp_path, dense, converted, monkeyp
     questions.mkdir()
     line = json.dumps({"question": "2 + 2?", "choices": ["four", "five"], "answer": 0})
     (questions / "one.jsonl").write_text(f"{line}\n" * 2)
-    left = []
-    monkeypatch.setattr("finedeep.eval.study._remove_work", lambda output: left.append(files_with(output, SECRET)))
-    out = tmp_path / "results"
+    out, left = tmp_path / "results", []
+
+    def conclude(*arguments, conclude=study._conclude):
+        assert (tmp_path / ".results.unfinished/plan.json").is_file()
+        left.append(files_with(tmp_path, SECRET))
+        return conclude(*arguments)
+
+    monkeypatch.setattr(study, "_conclude", conclude)
     words = ["--local", str(questions), "--set", f"token={SECRET}", "--set", f"cache_dir={tmp_path}/{SECRET}"]
     words += ["--baseline", str(dense), "--output", str(out), "--answers", str(tmp_path / "answers"), "--quiet"]
     assert main(["eval", str(converted), *words]) == 0

@@ -227,7 +227,8 @@ def test_a_card_that_the_hub_refuses_is_refused_before_anything_is_sent(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("config.json", ["config.json", "missing"]), ("modeling_finedeep.py", ["lacks its code"])]
+    ("name", "words"),
+    [("config.json", ["holds no config.json", "a Finedeep model"]), ("modeling_finedeep.py", ["lacks its code"])],
 )
 def test_an_incomplete_folder_is_not_pushed(tmp_path, capsys, finedeep_folder, name, words):
     folder = shutil.copytree(finedeep_folder, tmp_path / "out")

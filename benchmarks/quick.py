@@ -1,0 +1,76 @@
+"""The cases that say most on a GPU, for eight minutes of one: models of Llama 3.2 1B's sizes, made on the device.
+
+    python examples/from_checkout.py finedeep.benchmarks --device cuda --quick --deadline 480 --output OUT
+
+Dense and every M and K take turns in one run. Cases stand in the order of what they say; those that the deadline leaves
+no time for are named and left out. Needs torch, transformers and Triton, and nothing else.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .cases import DECODED, WORKS, Case
+from .memory import measure
+from .models import SHAPES, build
+from .timing import interleaved, let_go
+
+GPU = Case("prefill", 1, 2048, shape="1.2B", dtype="bfloat16")
+ALL = ((1, 8), (2, 8), (4, 4))
+PAPERS = ((2, 8),)
+TRAIN = replace(GPU, work="train", batch=4)
+GRAPH = replace(GPU, work="decode", tokens=1, compiled=True, cache="static")
+# What is timed, with which cuts M and K beside dense; compiled models take half a minute each to compile.
+QUICK: tuple[tuple[Case, tuple[tuple[int, int], ...]], ...] = (
+    (GPU, ALL),
+    (replace(GPU, batch=8, tokens=512), ALL),
+    (TRAIN, ALL),
+    (GRAPH, PAPERS),
+    (replace(GPU, compiled=True), PAPERS),
+    (replace(GRAPH, batch=64), PAPERS),
+    (replace(GPU, work="decode", tokens=1), PAPERS),
+    (replace(TRAIN, compiled=True), PAPERS),
+)
+
+
+def rows(seconds: float, deadline: float, device: str) -> Iterator[dict[str, Any]]:
+    """A row of results for each case and cut, as soon as it is measured, until `deadline` (of time.monotonic)."""
+    for M, K in ALL:
+        case = replace(TRAIN, M=M, K=K)
+        yield {"group": "memory", "case": case.fields(), "bytes": peaks(case, device)}
+    for case, cuts in QUICK:
+        if time.monotonic() > deadline:
+            print(f"left out for want of time: {case.work} {case.batch}x{case.tokens} compiled={case.compiled}")
+            continue
+        taken = turns(case, cuts, seconds, device)
+        for M, K in cuts:
+            times = {"dense": taken["dense"], "finedeep": taken[f"{M}x{K}"]}
+            yield {"group": "model", "case": replace(case, M=M, K=K).fields(), "seconds": times}
+
+
+def turns(case: Case, cuts: tuple[tuple[int, int], ...], seconds: float, device: str) -> dict[str, list[float]]:
+    """Seconds of one pass, one new token or one step, of dense and of each cut, in turn."""
+    models = {"dense": build("dense", SHAPES[case.shape], 1, 1, case.dtype, device)}
+    models |= {f"{M}x{K}": build("finedeep", SHAPES[case.shape], M, K, case.dtype, device) for M, K in cuts}
+    works = {name: WORKS[case.work](case, model, device) for name, model in models.items()}
+    taken = interleaved(works, seconds, device)
+    if case.work == "decode":
+        taken = {name: [t / DECODED for t in times] for name, times in taken.items()}
+    if case.compiled:
+        torch.compiler.reset()
+    del works, models
+    let_go(device)
+    return taken
+
+
+def peaks(case: Case, device: str) -> dict[str, int]:
+    """Bytes that are allocated at the most, of dense and Finedeep, one after the other."""
+    found = {}
+    for contender in ("dense", "finedeep"):
+        torch.cuda.reset_peak_memory_stats()
+        found[contender] = measure(contender, case, device)
+        let_go(device)
+    return found
