@@ -147,7 +147,7 @@ def longer(folder):
     ("change", "words"),
     [
         (resized, "has vocab_size=270, and what the dense model of its finedeep_conversion.json was made into has 260"),
-        (without_its_head, "lacks .*model.embed_tokens.weight"),
+        (without_its_head, r"without the prefix 'model\.'.*saved from the base model"),
         (as_a_classifier, "holds score.weight"),
         (longer, r"has rope_\w+=.*20000.0.*Put it back, or remove finedeep_conversion.json"),
     ],
