@@ -462,7 +462,7 @@ def test_what_does_not_fit_is_refused(tmp_path, dense, cut, options, words):
 
 
 def test_a_model_that_has_diverged_is_not_saved(tmp_path, dense, cut):
-    with pytest.raises(ConversionError, match=r"training has diverged.* lower than 1e\+30 is wanted"):
+    with pytest.raises(ConversionError, match=r"training has diverged.* lower than 1e\+30 is needed"):
         heal(cut, tmp_path / "out", teacher=str(dense), **{**QUICK, "learning_rate": 1e30})
     assert not (tmp_path / "out").exists()
 
