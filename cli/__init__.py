@@ -5,6 +5,7 @@ import importlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 # name of the subcommand -> what it does; its module has `add_arguments(parser)` and `run(arguments)`
@@ -42,6 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for library in ("torchao", "torch.utils._pytree"):  # complain, on import, of kernels that this command never uses
         logging.getLogger(library).setLevel(logging.ERROR)
+    usual = warnings.formatwarning
+    # What this package warns of is for the user, and the line of code is not.
+    warnings.formatwarning = lambda message, category, *rest: (
+        f"finedeep: warning: {' '.join(str(message).split())}\n"
+        if category is UserWarning
+        else usual(message, category, *rest)
+    )
     try:
         arguments.run(arguments)
     except KeyboardInterrupt as interruption:
@@ -52,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"finedeep: error: {' '.join(' '.join([str(error), *_notes(error)]).split())}", file=sys.stderr)
         return 2
+    finally:
+        warnings.formatwarning = usual
     return 0
 
 

@@ -50,6 +50,13 @@ def field(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def boolean(text: str) -> bool:
+    """true or false."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
 def batch(text: str) -> int | str:
     """A whole number of at least 1, or "auto"."""
     return text if text == "auto" else positive_int(text)

@@ -32,10 +32,11 @@ import os
 import sys
 from pathlib import Path
 
-from finedeep_files.inputs import check_folder, check_model, check_text
+from finedeep_files.inputs import InputError, check_folder, check_model, check_text
 from finedeep_files.working_folder import WorkingFolder
 
-from .argument_types import DTYPES, batch, device, field, names, non_negative_int, positive_int
+from .argument_types import DTYPES, batch, boolean, device, field, names, non_negative_int, positive_int
+from .task_names import check_tasks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,6 +77,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an argument of the harness's hf model, the value as JSON or as text; may be given again",
     )
     option(
+        "--apply-chat-template",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="NAME",
+        help="make messages of questions by the model's chat template, or by one of its templates by name",
+    )
+    option(
+        "--fewshot-as-multiturn",
+        type=boolean,
+        nargs="?",
+        const=True,
+        metavar="BOOL",
+        help="examples are turns of the conversation (default: with a chat template; false: part of the question)",
+    )
+    option("--system-instruction", metavar="TEXT", help="comes before each question, as the system's message")
+    option(
         "--seed",
         type=non_negative_int,
         default=1234,
@@ -84,16 +102,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--quiet", action="store_true", help="no progress, only the result")
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Score, compare and print."""
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise `InputError` or `DestinationError` for what can be seen before anything is imported or loaded."""
     if arguments.output:
         WorkingFolder(Path(arguments.output), resume=arguments.resume, overwrite=arguments.overwrite).check()
+    elif arguments.resume or arguments.overwrite:
+        raise InputError("--resume and --overwrite are about what is in an --output folder; name it.")
     for model in filter(None, (arguments.model, arguments.baseline)):
         check_model(model)
+    if not arguments.tasks and not arguments.local:
+        raise InputError("there is nothing to score; name tasks of the harness (--tasks) or a folder (--local).")
+    if arguments.text and not arguments.baseline:
+        raise InputError("--text compares a model with its --baseline; `finedeep inspect` looks at one model alone.")
+    if arguments.fewshot_as_multiturn and not arguments.apply_chat_template:
+        raise InputError(
+            "--fewshot-as-multiturn makes turns of a conversation of the examples, for which --apply-chat-template is "
+            "needed."
+        )
+    if arguments.local:
+        check_folder(arguments.local, "questions (*.jsonl) or texts (*.txt)", ("*.jsonl", "*.txt"))
     if arguments.text:
         check_text(arguments.text)
-    for folder in filter(None, (arguments.local, arguments.include_path)):
-        check_folder(folder)
+    if arguments.include_path:
+        check_folder(arguments.include_path, "definitions of tasks")
+    check_tasks(arguments.tasks, arguments.include_path)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Score, compare and print."""
+    _check(arguments)
     given = {key: value for key, value in vars(arguments).items() if key != "run"}
     quiet, model, baseline = given.pop("quiet"), given.pop("model"), given.pop("baseline")
     given["model_args"] = dict(given["model_args"])

@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         default="self",
         metavar="D",
-        help="a text file; a dataset with a column 'text', as NAME, NAME:CONFIG or NAME:CONFIG:SPLIT; or self, to "
-        "sample from the teacher (default)",
+        help="a text file, or JSON Lines with a 'text' in each record; a dataset with a column 'text', as NAME, "
+        "NAME:CONFIG or NAME:CONFIG:SPLIT; or self, to sample from the teacher (default)",
     )
     option("--tokens", type=positive_int, default=1_048_576, metavar="N", help="of the data (default: %(default)s)")
     option(

@@ -7,7 +7,7 @@ the dense model's next-token probabilities.
 
 import copy
 import json
-import sys
+import time
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,17 +20,18 @@ from torch import nn
 from tqdm import tqdm
 
 from .activity import activity_on, nonlinearity_on
-from .blockwise import Objective, error_of, fit, logit_divergence, stream_error
+from .blockwise import BATCH, Objective, error_of, fit, logit_divergence, stream_error
 from .calibration_text import SELF, held_out, sampled_windows, text_windows
 from .closed_form import correct
 from .errors import ConversionError
 from .hashing import sha256
 from .neurons import assign
 from .plan import Plan
+from .progress import in_words, say, seconds_for
 from .shards import save_whole
 from .source import load_dense
 from .stream import Stream, over_chunks, sublayers_from, through
-from .tensors import cast, layer_tensors
+from .tensors import cast, layer_tensors, padding_rows
 
 WINDOWS = "calibration-windows.safetensors"
 LAYER = "calibrated-{}.safetensors"
@@ -65,17 +66,33 @@ class Calibration:
         Raises:
             ConversionError: the text is too short, or the model's activations are not finite.
         """
+        finished = all((self.folder / LAYER.format(i)).exists() for i in range(self.plan.config.num_hidden_layers))
+        if self.progress and not finished:
+            self._announce()
         windows = self._windows()
         held = held_out(windows)
-        if all((self.folder / LAYER.format(i)).exists() for i in range(self.plan.config.num_hidden_layers)):
+        if finished:
             return
         layers, steps = self.plan.config.num_hidden_layers, self.plan.options.calibration_steps
         stream = Stream(self.plan, windows, self.device)
+        self.begin, self.first = time.perf_counter(), None
         bar = tqdm(total=layers * steps, desc="Calibrating", unit="step", disable=None if self.progress else True)
         with bar:
             for i in range(layers):
                 self._layer(stream, i, held * windows.shape[1], bar)
                 bar.update((i + 1) * steps - bar.n)
+
+    def _announce(self) -> None:
+        """Say what there is to do, and how long that may take."""
+        o, layers = self.plan.options, self.plan.config.num_hidden_layers
+        ffn = 3 * self.plan.config.hidden_size * self.plan.config.intermediate_size
+        fitted = 6 * layers * ffn * o.calibration_steps * BATCH
+        passes = 2 * self.plan.dense_parameters * o.calibration_tokens * (3 if o.calibrate == SELF else 2)
+        text = "sampled from the dense model" if o.calibrate == SELF else f"of {Path(o.calibrate).name}"
+        say(
+            f"Calibrating on {o.calibration_tokens:,} tokens {text}: {layers} layers, {o.calibration_steps} steps "
+            f"each; at least {in_words(seconds_for(fitted + passes, self.device))}"
+        )
 
     def tensors(self, i: int) -> dict[str, torch.Tensor]:
         """A calibrated layer's sub-layers, by their names in the checkpoint."""
@@ -152,16 +169,24 @@ class Calibration:
             layer = plan.layer(i, partial(activity_on, ffn, dense_u), partial(nonlinearity_on, ffn, dense_u))
             neurons = assign(plan.options.assignment, layer)
             tensors = {name: t for name, t in layer_tensors(plan, i, neurons).items() if ".sublayers." in name}
+            padding = {name: tensors[name][rows] for name, rows in padding_rows(tensors, neurons).items()}
+            for name, rows in padding_rows(tensors, neurons).items():
+                tensors[name][rows] = 0  # or a fit would share a neuron's work out to its copies
             cut = sublayers_from(plan.config, tensors, i, self.device)
             sublayers, errors = self._climb(cut, u, dense_u, wanted, i, held, bar)
             for name, tensor in sublayers.state_dict().items():
                 name = f"model.layers.{i}.sublayers.{name}"
                 tensors[name] = cast(name, tensor.cpu(), tensors[name].dtype)
+            for name, rows in padding_rows(tensors, neurons).items():
+                tensors[name][rows] = padding[name]
             known = {"errors": json.dumps(asdict(errors)), "threads": str(torch.get_num_threads())}
             save_whole({NEURONS: neurons, **tensors}, path, known)
             if self.progress:
                 rungs = ", ".join(f"{rung.replace('_', ' ')} {error:.3f}" for rung, error in asdict(errors).items())
-                bar.write(f"layer {i}: relative error {rungs}", file=sys.stderr)
+                self.first = i if self.first is None else self.first
+                done, rest = i + 1 - self.first, plan.config.num_hidden_layers - i - 1
+                left = in_words((time.perf_counter() - self.begin) / done * rest)
+                say(f"layer {i}: relative error {rungs}; {left} left")
         sublayers = sublayers_from(plan.config, self.tensors(i), i, self.device)  # rounded as they will be written
         over_chunks(partial(through, sublayers, r=self.r), stream.finedeep, self.device)
 

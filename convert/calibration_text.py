@@ -1,13 +1,22 @@
 """The tokens that calibration and healing go by: of a text, or sampled from the dense model itself."""
 
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from .errors import ConversionError
+from .progress import Progress
+from .text_files import read_documents
 from .tokenization import load_tokenizer
 
 SELF = "self"
@@ -17,6 +26,7 @@ AT_A_TIME = 512  # texts that are sampled at a time, at most
 CACHE = 2**30  # bytes of their keys and values, at most, on a CPU
 CACHE_OF_ACCELERATORS = 2**32
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+AT_ONCE = 64  # documents that are tokenised at a time
 CHARACTERS = 16  # that a token is long at most, on average: what of a text is read
 
 
@@ -33,21 +43,37 @@ def held_out(windows: torch.Tensor) -> int:
 def read_tokens(folder: Path, text: Path, vocabulary: int, most: int | None = None) -> torch.Tensor:
     """Token ids (tokens,) of a text by a folder's tokenizer; of a long text some `most` or more, from all over it.
 
+    Args:
+        folder: where the tokenizer is.
+        text: a text file, or JSON Lines, whose records' texts come one after the other, EOS between them.
+        vocabulary: tokens that the model knows.
+        most: tokens that are wanted.
+
     Raises:
         ConversionError: there is no tokenizer, or not the model's; the text cannot be read or is empty.
     """
-    try:
-        content = text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConversionError(f"{text} cannot be read as a text ({error}); a UTF-8 text file is wanted.") from error
-    if not content.strip():
-        raise ConversionError(f"{text} is empty; a text like those that the model is for is wanted.")
+    documents = read_documents(text)
+    if len(documents) > 1:
+        apart = max(1, sum(map(len, documents)) // (most * CHARACTERS)) if most is not None else 1
+        ids = torch.tensor([*document_tokens(tokenizer_in(folder), documents[::apart])], dtype=torch.long)
+        return check_vocabulary(ids, vocabulary, folder)
+    content = documents[0]
     if most is not None and len(content) > most * CHARACTERS:
         pieces = 64
         size, apart = most * CHARACTERS // pieces, len(content) // pieces
         content = "\n".join(content[i * apart : i * apart + size] for i in range(pieces))
     ids = torch.tensor(tokenizer_in(folder)(content, verbose=False)["input_ids"], dtype=torch.long)
     return check_vocabulary(ids, vocabulary, folder)
+
+
+def document_tokens(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> Iterator[int]:
+    """The token ids of documents, each with the tokenizer's special tokens, EOS between them."""
+    documents = iter(documents)
+    while some := list(islice(documents, AT_ONCE)):
+        for ids in tokenizer(some, verbose=False)["input_ids"]:
+            yield from ids
+            if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+                yield tokenizer.eos_token_id
 
 
 def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase:
@@ -116,12 +142,14 @@ def sampled_batches(
 
     Each batch has a seed of its own, so that it is the same whoever samples it.
     """
+    _check_bos(model.config)
     # The checkpoint's own may have penalties, which would make another text than the model's.
     model.generation_config = GenerationConfig()
     config = model.config
     length = length or window_of(config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * model.dtype.itemsize
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    per_token = 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize
     cache = CACHE if model.device.type == "cpu" else CACHE_OF_ACCELERATORS
     at_a_time = min(AT_A_TIME, max(1, cache // (per_token * length)))
     number = max(2, tokens // length)
@@ -133,7 +161,7 @@ def sampled_batches(
     found = []
     with (
         torch.random.fork_rng([model.device] if model.device.type == "cuda" else []),
-        tqdm(total=total, desc="Sampling", unit="tok", unit_scale=True, disable=None if progress else True) as bar,
+        Progress("Sampling", total, "tokens", progress) as bar,
     ):
         for size, own_seed in mine:
             torch.manual_seed(own_seed)
@@ -141,6 +169,7 @@ def sampled_batches(
             if config.bos_token_id is not None:
                 first.fill_(config.bos_token_id)
             first = first.to(model.device)
+            bar.update(size)
             texts = _generate(
                 model,
                 first,
@@ -157,10 +186,29 @@ def sampled_batches(
                 cache_implementation="static",  # nothing is copied as the texts grow
                 disable_compile=True,
                 synced_gpus=False,  # processes may have different numbers of batches
+                stopping_criteria=StoppingCriteriaList([_Counting(bar)]),
             )
             found.append(texts.cpu())
-            bar.update(texts.numel())
     return found
+
+
+class _Counting(StoppingCriteria):
+    """Stops nothing: it counts tokens as they come."""
+
+    def __init__(self, bar: Progress):
+        self.bar = bar
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.bar.update(len(input_ids))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _check_bos(config: Any) -> None:
+    if config.bos_token_id is not None and config.bos_token_id not in range(config.vocab_size):
+        raise ConversionError(
+            f"the model's config.json has bos_token_id={config.bos_token_id!r}, and the model has {config.vocab_size} "
+            "tokens, from 0; put the right one there, or null to have texts begin with tokens drawn at random."
+        )
 
 
 def _generate(model: PreTrainedModel, first: torch.Tensor, **how: Any) -> torch.Tensor:

@@ -12,6 +12,7 @@ from .source import read_json
 PAPER = "2502.12928"
 CARD = "README.md"
 COMPARISON = "comparison.json"
+RECEIPT = "finedeep_conversion.json"
 TEMPLATE = """---
 {{ card_data }}
 ---
@@ -32,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(
     "{{ repo_id }}", revision="{{ revision }}", trust_remote_code=True
 )
-tokenizer = AutoTokenizer.from_pretrained("{{ repo_id }}", revision="{{ revision }}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{{ repo_id }}", revision="{{ revision }}", trust_remote_code=False)
 ```
 {% if parameters %}
 | | dense | Finedeep |
@@ -49,6 +50,8 @@ tokenizer = AutoTokenizer.from_pretrained("{{ repo_id }}", revision="{{ revision
 """
 GATES = {"sigmoid": "a sigmoid", "softmax": "a softmax over its sub-layer's experts"}
 SCORED = {"expert_output": "its own output", "hidden_state": "what the sub-layer reads"}
+ROUTING = {"routing_function": GATES, "routing_input": SCORED}  # the first is the default
+SIZES = ("num_expert_sublayers", "num_experts_per_sublayer", "num_hidden_layers", "intermediate_size")
 LICENCE_FIELDS = ("license", "license_name", "license_link")
 
 
@@ -148,9 +151,17 @@ def make_card(
 
     `config` is its config.json, `comparison` is Markdown, `checked_with` has the version of each package with which the
     model was loaded and run.
+
+    Raises:
+        ConversionError: config or receipt lack a field that the card tells of.
     """
-    source = (receipt or {}).get("source", {})
-    origin = source.get("id", "")
+    source, origin, licence, parameters = {}, "", {}, None
+    if receipt is not None:
+        source = _field(RECEIPT, receipt, "source", dict)
+        origin = _field(RECEIPT, source, "id", str)
+        licence = {k: v for k, v in _field(RECEIPT, source, "license", dict).items() if k in LICENCE_FIELDS}
+        counts = _field(RECEIPT, receipt, "parameters", dict)
+        parameters = {name: f"{_field(RECEIPT, counts, name, int):,}" for name in ("dense", "finedeep")}
     is_hub_id = origin.count("/") == 1 and source.get("revision")
     data = ModelCardData(
         base_model=origin if is_hub_id else None,
@@ -159,26 +170,40 @@ def make_card(
         tags=["finedeep", "custom_code", f"arxiv:{PAPER}"],
         model_name=repo_id.rpartition("/")[2],
         eval_results=scores or None,
-        **source.get("license", {}),
+        **licence,
     )
-    M, K = config["num_expert_sublayers"], config["num_experts_per_sublayer"]
+    M, K, layers, width = (_field("config.json", config, name, int) for name in SIZES)
+    routing = {name: config.get(name, next(iter(known))) for name, known in ROUTING.items()}
+    for name, value in routing.items():
+        if value not in ROUTING[name]:
+            raise ConversionError(f"config.json has {name}={value!r}; {' or '.join(ROUTING[name])} is wanted.")
     return ModelCard.from_template(
         data,
         template_str=TEMPLATE,
         title=data.model_name,
         paper=PAPER,
-        layers=config["num_hidden_layers"],
+        layers=layers,
         M=M,
         K=K,
-        e=config["intermediate_size"] // (M * K),
-        gate=GATES[config.get("routing_function", "sigmoid")],
-        scored=SCORED[config.get("routing_input", "expert_output")],
+        e=width // (M * K),
+        gate=GATES[routing["routing_function"]],
+        scored=SCORED[routing["routing_input"]],
         origin=f"[{origin}](https://huggingface.co/{origin})" if is_hub_id else origin,
         exactness=_exactness(receipt or {}),
         repo_id=repo_id,
         revision=revision,
-        parameters={k: f"{v:,}" for k, v in receipt["parameters"].items()} if receipt else None,
+        parameters=parameters,
         comparison=comparison,
         checked_with=", ".join(f"{name} {version}" for name, version in (checked_with or {}).items()),
-        receipt_file="finedeep_conversion.json" if receipt else None,
+        receipt_file=RECEIPT if receipt else None,
     )
+
+
+def _field(file: str, content: Mapping[str, Any], name: str, kind: type) -> Any:
+    found = content.get(name)
+    if not isinstance(found, kind) or (kind is int and found < 1):
+        raise ConversionError(
+            f"{file} has {name}={found!r}, of which the model card cannot be made. Convert or save the model again, or "
+            "write a card of your own, as README.md in its folder."
+        )
+    return found

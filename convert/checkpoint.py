@@ -1,7 +1,7 @@
 """Convert a dense checkpoint into a Finedeep checkpoint."""
 
 import json
-import shutil
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ from .plan import Options, Plan, make_plan, same_plan
 from .probe import LayerProbe, probe_tokens
 from .receipt import NEURONS, RECEIPT, read_neuron_table, versions, write_neuron_table, write_receipt
 from .shards import FolderWriter, write_index
-from .source import COMPANIONS, INDEX, TOKENIZER_CONFIG, DenseCheckpoint, open_checkpoint, read_json
+from .source import COMPANIONS, INDEX, TOKENIZER_CONFIG, DenseCheckpoint, copy_companion, open_checkpoint, read_json
 from .tensors import made
 from .tokenization import keep_tokens
 
@@ -90,6 +90,8 @@ def convert_checkpoint(
     work = working_folder(destination, resume=resume, overwrite=overwrite)
     work.check()
     plan = plan_conversion(source, revision=revision, **options)
+    if plan.much_padding:
+        warnings.warn(plan.much_padding, stacklevel=2)
     # A calibrated layer is kept on the disk, until all are, and then written into its shard.
     kept = sum(
         e.nbytes for shard in plan.shards for e in shard.entries if plan.options.calibrates and ".sublayers." in e.name
@@ -110,7 +112,7 @@ def convert_checkpoint(
         plan.config.save_pretrained(folder)
         _write_companions(folder, plan.dense)
         copy_code(folder)
-        keep_tokens(plan.dense.folder, folder)
+        keep_tokens(plan.dense.folder, folder, plan.config.vocab_size)
         found = {name: future.result() for name, future in hashes.items()}
         is_folder = Path(source).is_dir()
         name = plan.dense.folder.resolve().name if is_folder else str(source)
@@ -266,10 +268,9 @@ def _layer_probe(h: torch.Tensor, plan: Plan, layer: int) -> LayerProbe:
 
 def _write_companions(folder: Path, dense: DenseCheckpoint) -> None:
     for file in dense.companions():
-        if file.name != TOKENIZER_CONFIG:
-            shutil.copyfile(file, folder / file.name)
-            continue
-        content = read_json(file, "the tokenizer's configuration")
-        # The user will load this folder with trust_remote_code: it must not point at anybody else's code.
-        content.pop("auto_map", None)
-        (folder / file.name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        copy = copy_companion(file, dense.folder, folder)
+        if file.name == TOKENIZER_CONFIG:
+            content = read_json(file, "the tokenizer's configuration")
+            # The user will load this folder with trust_remote_code: it must not point at anybody else's code.
+            content.pop("auto_map", None)
+            copy.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
 """Turn a Finedeep model that is a dense model in disguise back into the dense model."""
 
 import json
-import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from .plan import (
 )
 from .receipt import NEURONS, RECEIPT, read_neuron_table, read_receipt
 from .shards import Entry, FolderWriter, parse_size, plan_shards, write_index
-from .source import COMPANIONS, INDEX, DenseCheckpoint, check_finedeep, open_checkpoint
+from .source import COMPANIONS, INDEX, DenseCheckpoint, check_finedeep, copy_companion, open_checkpoint
 
 # What a Llama's configuration cannot say, and the value that it would have to have.
 BEYOND_LLAMA: dict[str, Any] = {
@@ -59,8 +59,9 @@ def export_checkpoint(
     """Write the dense model that a Finedeep model with M = 1 and constant gates is.
 
     With the receipt of its conversion in the folder, neurons go back to where they were, padding is taken off, and the
-    configuration is the dense one: the tensors equal the ones that were converted. Without it, a Llama is written,
-    of the same function, with neurons in the order of the experts.
+    configuration is the dense one: the tensors equal the ones that were converted. Padding that has learnt something
+    since, by an adapter, say, stays: the dense FFN is then as wide as the experts together. Without the receipt, a
+    Llama is written, of the same function, with neurons in the order of the experts.
 
     Args:
         source: the Finedeep folder, or a Hub id.
@@ -95,6 +96,14 @@ def export_checkpoint(
     except Exception as error:
         raise _no_receipt(held, error) from error
     _check_routers(held)
+    if neurons is not None and not _padding_is_silent(held, neurons):
+        warnings.warn(
+            f"{held.folder}: its padding neurons have learnt something, and stay: intermediate_size is "
+            f"{config.intermediate_size}, not {dense_config.intermediate_size} as in the model that it was made of.",
+            stacklevel=2,
+        )
+        neurons = [_padding_last(order, dense_config.intermediate_size) for order in neurons]
+        dense_config.intermediate_size = fields["intermediate_size"] = config.intermediate_size
     shapes = dense_shapes(dense_config)
     where = pieces(family, dense_config, shapes)
     parts: dict[str, list[tuple[str, Piece]]] = {}
@@ -114,12 +123,11 @@ def export_checkpoint(
                 writer.write(entry.name, torch.cat(rows) if len(rows) > 1 else rows[0])
                 bar.update(entry.nbytes)
         write_index(folder, shards)
-        dtype = str(held.tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
-        fields["torch_dtype" if "torch_dtype" in fields else "dtype"] = dtype
+        fields["torch_dtype" if "torch_dtype" in fields else "dtype"] = str(held.dtype).removeprefix("torch.")
         content = {"architectures": [_architecture(family_name)], "model_type": family_name, **fields}
         (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         for file in held.companions():
-            shutil.copyfile(file, folder / file.name)
+            copy_companion(file, held.folder, folder)
     return work.destination
 
 
@@ -225,6 +233,31 @@ def _orders(held: DenseCheckpoint, config: FinedeepConfig, options: Options, wid
             raise ConversionError(f"{path} is missing, which says where neurons were; remove {RECEIPT} to do without.")
         made = read_neuron_table(held.folder, layers, width)
     return [neurons.flatten() for neurons in made]
+
+
+def _padding_is_silent(held: DenseCheckpoint, neurons: list[torch.Tensor]) -> bool:
+    """Whether no padding neuron puts anything out, so that the function is the same without them."""
+    for layer, order in enumerate(neurons):
+        padding = (order == PADDING).nonzero().flatten()
+        if not len(padding):
+            continue
+        ffn = f"model.layers.{layer}.sublayers.0."
+        loud = held.load(f"{ffn}down_proj.weight")[:, padding].any(0)
+        # Older versions filled up with zeros throughout, of which an adapter of W_down alone makes nothing: act * 0.
+        up = [
+            held.load(name)[padding] for name in (f"{ffn}up_proj.weight", f"{ffn}up_proj.bias") if name in held.tensors
+        ]
+        if any((loud & rows.reshape(len(padding), -1).any(1)).any() for rows in up):
+            return False
+    return True
+
+
+def _padding_last(order: torch.Tensor, width: int) -> torch.Tensor:
+    """The order with numbers for padding neurons too, after the dense ones."""
+    numbered = order.clone()
+    padding = order == PADDING
+    numbered[padding] = width + torch.arange(int(padding.sum()))
+    return numbered
 
 
 def _ours(name: str) -> str:

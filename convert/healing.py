@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-import shutil
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -21,6 +21,8 @@ from transformers import (
     PreTrainedModel,
     PrinterCallback,
     Trainer,
+    TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
 from transformers.trainer import TRAINER_STATE_NAME
@@ -30,13 +32,15 @@ from ..modeling_finedeep import FinedeepForCausalLM
 from .calibration_text import SELF, held_out
 from .code_files import CODE_FILES, copy_code
 from .destination import working_folder
-from .errors import ConversionError, check_whole_number
+from .errors import ConversionError, check_seed, check_whole_number
 from .hashing import sha256
 from .healing_data import healing_windows
 from .loading_bars import without_loading_bars
-from .receipt import NEURONS, RECEIPT, read_receipt, versions, write_json
+from .masking import masked
+from .progress import in_words, say, seconds_for
+from .receipt import NEURONS, RECEIPT, read_receipt, versions, without_place, write_json
 from .shards import save_whole
-from .source import COMPANIONS, INDEX, WEIGHTS, DenseCheckpoint, check_finedeep, open_checkpoint
+from .source import COMPANIONS, INDEX, WEIGHTS, DenseCheckpoint, check_finedeep, copy_companion, open_checkpoint
 from .training_checkpoints import train_to_the_end
 
 HEALING = "finedeep_healing.json"
@@ -55,6 +59,22 @@ OWN: Mapping[str, Any] = {
     "bf16_full_eval": False,
     "fp16_full_eval": False,
 }
+
+
+# Fields for which healing has an option of its own, by that name.
+SET_BY_OPTION: Mapping[str, str] = {
+    "learning_rate": "learning_rate",
+    "max_steps": "steps",
+    "num_train_epochs": "steps",
+    "per_device_train_batch_size": "batch_size",
+    "seed": "seed",
+    "resume_from_checkpoint": "resume",
+}
+# Fields that would be accepted and do nothing.
+WITHOUT_EFFECT: Mapping[str, str] = {
+    "label_smoothing_factor": "the loss is healing's own; --divergence softens it by what the teacher says",
+}
+SEED_BITS = 32  # NumPy's, which `Trainer` seeds too
 
 
 @dataclass(frozen=True)
@@ -82,8 +102,9 @@ class HealingOptions:
 
     def check(self) -> None:
         """Raise `ConversionError` for an option that cannot be met."""
-        for name in ("tokens", "context", "steps", "batch_size"):
-            check_whole_number(name, getattr(self, name), least=1)
+        for name, least in {"tokens": 1, "context": 2, "steps": 1, "batch_size": 1}.items():
+            check_whole_number(name, getattr(self, name), least)
+        check_seed(self.seed, SEED_BITS)
         if not 0 <= self.divergence <= 1:
             raise ConversionError(
                 f"divergence={self.divergence} is not between 0 (next token only) and 1 (teacher only)."
@@ -100,6 +121,11 @@ class HealingOptions:
         unknown = set(self.training) - {f.name for f in dataclasses.fields(TrainingArguments)}
         if unknown:
             raise ConversionError(f"{', '.join(sorted(unknown))}: no field of transformers' TrainingArguments.")
+        for name in sorted(SET_BY_OPTION.keys() & self.training.keys()):
+            own = SET_BY_OPTION[name]
+            raise ConversionError(f"{name}: use healing's own option for it, --{own.replace('_', '-')} ({own}=).")
+        for name in sorted(WITHOUT_EFFECT.keys() & self.training.keys()):
+            raise ConversionError(f"{name} would have no effect: {WITHOUT_EFFECT[name]}.")
         if taken := set(self.training) & {*OWN, "output_dir"}:
             raise ConversionError(
                 f"{', '.join(sorted(taken))}: healing sets it itself; leave it out. (bf16 and fp16 are free.)"
@@ -114,6 +140,13 @@ class Healed:
     tokens_seen: int
     before: Mapping[str, float]
     after: Mapping[str, float]
+
+
+class HealingArguments(TrainingArguments):
+    """`TrainingArguments` that leave secrets out of the checkpoints, into which `Trainer` pickles them."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: None if isinstance(v, str) and masked(v, k) != v else v for k, v in vars(self).items()}
 
 
 class HealingTrainer(Trainer):
@@ -172,6 +205,19 @@ class HealingTrainer(Trainer):
             total, number = self.accelerator.reduce(self.sums.pop(name), reduction="sum").tolist()
             logs[name] = total / number
         super().log(logs, *args, **kwargs)
+
+
+class TimeLeft(TrainerCallback):
+    """A line with the time left, wherever losses are logged."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.begin, self.first = time.perf_counter(), state.global_step
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        done = state.global_step - self.first
+        if done and state.is_world_process_zero and state.global_step < state.max_steps:
+            left = (time.perf_counter() - self.begin) / done * (state.max_steps - state.global_step)
+            say(f"Healing: step {state.global_step:,} of {state.max_steps:,}, {in_words(left)} left")
 
 
 def hidden_state_distance(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -233,9 +279,9 @@ def heal(
     o.check()
     work = working_folder(destination, resume=resume, overwrite=overwrite)
     work.check()
-    held = open_checkpoint(model, check=check_finedeep)
-    model = held.folder
-    config = FinedeepConfig.from_pretrained(model)
+    checkpoint = open_checkpoint(model, check=check_finedeep)
+    model = checkpoint.folder
+    config = _student_config(model)
     rate = RATE / config.hidden_size if o.learning_rate is None else o.learning_rate
     o = dataclasses.replace(o, context=min(o.context, config.max_position_embeddings), learning_rate=rate)
     # Before TrainingArguments: after them, DeepSpeed and FSDP would share the teacher out as it is loaded.
@@ -249,13 +295,15 @@ def heal(
             "finedeep_cli heal ... (or CUDA_VISIBLE_DEVICES=0 for one alone)."
         )
     files = _files(model, o, teacher)
+    if progress and arguments.process_index == 0:
+        _announce(o, checkpoint, teacher, arguments)
     with ExitStack() as stack:
         if arguments.process_index == 0:
-            plan = {"model": str(model.resolve()), **dataclasses.asdict(o), "files": files}
+            plan = masked({"model": str(model.resolve()), **dataclasses.asdict(o), "files": files})
             stack.enter_context(work.begun(_contents(o), plan))
         windows, apart = _prepare(work, model, config, teacher, o, arguments)
         stack.enter_context(without_loading_bars())
-        student = FinedeepForCausalLM.from_pretrained(model, dtype=torch.float32, use_safetensors=True)
+        student = _student(model)
         # Checkpoints of the training have no use for the model's own, which some versions refuse to save as it is.
         student.generation_config = GenerationConfig()
         trainer = HealingTrainer(
@@ -270,6 +318,8 @@ def heal(
         )
         if not progress:
             trainer.remove_callback(PrinterCallback)
+        else:
+            trainer.add_callback(TimeLeft())
         train_to_the_end(trainer, training)
         before = next(_losses(logs) for logs in trainer.state.log_history if "eval_loss" in logs)
         after = _losses(trainer.evaluate())
@@ -279,7 +329,7 @@ def heal(
                 "is needed, and a new start (--overwrite): to resume would lead to the same."
             )
         healed = Healed(work.destination, trainer.state.num_input_tokens_seen, before, after)
-        _save(work.result, held, trainer, config, o, files, healed)
+        _save(work.result, checkpoint, trainer, config, o, files, healed)
     return healed
 
 
@@ -293,6 +343,39 @@ def _contents(o: HealingOptions) -> Contents:
         kept=(f"{TRAINING}/checkpoint-*/{TRAINER_STATE_NAME}", *([WINDOWS] * (o.data == SELF))),
         receipt=HEALING,
     )
+
+
+def _announce(
+    o: HealingOptions, student: DenseCheckpoint, teacher: PreTrainedModel | None, arguments: TrainingArguments
+) -> None:
+    """Say what there is to do, and how long that may take."""
+    sequences = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    seen = o.steps * sequences * o.context
+    of_student = sum(torch.Size(info.shape).numel() for info in student.tensors.values())
+    of_teacher = teacher.num_parameters() if teacher is not None else 0
+    sampled = 2 * of_teacher * o.tokens if o.data == SELF else 0
+    seconds = seconds_for((6 * of_student + 2 * of_teacher) * seen + sampled, arguments.device)
+    text = "sampled from the teacher" if o.data == SELF else f"of {without_place(o.data)}"
+    say(
+        f"Healing on {o.tokens:,} tokens {text}: {o.steps:,} steps of {sequences} x {o.context} tokens, {seen:,} in "
+        f"all; at least {in_words(seconds / arguments.world_size)}"
+    )
+
+
+def _student_config(model: Path) -> FinedeepConfig:
+    """The model's configuration. Raises `ConversionError` where it is broken."""
+    try:
+        config = FinedeepConfig.from_pretrained(model)
+    except Exception as error:  # the file may be a stranger's, and what a bad one raises differs by version
+        raise ConversionError(f"{model}/config.json is no Finedeep configuration that works: {_one_line(error)}") from (
+            error
+        )
+    if config.max_position_embeddings < 2:
+        raise ConversionError(
+            f"{model}/config.json has max_position_embeddings={config.max_position_embeddings}; at least 2 are needed, "
+            "a token to read and one to predict."
+        )
+    return config
 
 
 def _teacher(teacher: str, student: FinedeepConfig) -> PreTrainedModel:
@@ -310,8 +393,25 @@ def _teacher(teacher: str, student: FinedeepConfig) -> PreTrainedModel:
         )
     except ConversionError:
         raise
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a stranger's files, and what bad ones raise differs by version
         raise ConversionError(f"the teacher {teacher} cannot be loaded ({_one_line(error)}).") from error
+
+
+def _student(model: Path) -> FinedeepForCausalLM:
+    """The model, in float32. Raises `ConversionError` unless its file has each of its tensors and no other."""
+    try:
+        student, found = FinedeepForCausalLM.from_pretrained(
+            model, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # as above
+        raise ConversionError(f"{model} cannot be loaded ({_one_line(error)}).") from error
+    for what in ("missing", "unexpected"):
+        if names := found[f"{what}_keys"]:
+            raise ConversionError(
+                f"{model} has tensors that are {what}: {', '.join(sorted(names)[:5])}. Weights and config.json do not "
+                "belong together; convert again."
+            )
+    return student
 
 
 def _hidden_states(o: HealingOptions, student: FinedeepConfig, teacher: PreTrainedModel | None) -> float:
@@ -360,7 +460,7 @@ def _training_arguments(o: HealingOptions, work: Path, progress: bool) -> Traini
         "output_dir": str(work),
     }
     try:
-        return TrainingArguments(**fields)
+        return HealingArguments(**fields)
     except ImportError as error:
         raise ConversionError("healing wants accelerate, for transformers' Trainer: pip install accelerate.") from error
     except (TypeError, ValueError) as error:
@@ -426,17 +526,18 @@ def _save(
     files: Mapping[str, Any],
     healed: Healed,
 ) -> None:
-    """Write the healed model into a folder, in the dtype of the one it came from."""
+    """Write the healed model into a folder, each tensor in the dtype that it had."""
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
         student = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}  # torch.compile's
         if config.tie_word_embeddings:
             state.pop("lm_head.weight", None)
-        state = {name: tensor.to(config.dtype or torch.float32) for name, tensor in state.items()}
+        stored = {name: held.dtype for name, held in model.tensors.items()}
+        state = {name: tensor.to(stored.get(name, tensor.dtype)) for name, tensor in state.items()}
         student.save_pretrained(folder, state_dict=state)
         (folder / "generation_config.json").unlink(missing_ok=True)  # it was the training's
-        config.save_pretrained(folder)  # which names the dtype of the file, not of the training
+        config.save_pretrained(folder)  # which names the dtype that it had, not the training's
         copy_code(folder)
         _write_companions(model, folder, o, files, healed)
     trainer.accelerator.wait_for_everyone()
@@ -446,13 +547,14 @@ def _write_companions(
     model: DenseCheckpoint, folder: Path, o: HealingOptions, files: Mapping[str, Any], healed: Healed
 ) -> None:
     """What belongs to the model beside its weights, and the receipts: the conversion's, and healing's own."""
-    for file in (*model.companions(), model.folder / NEURONS):
-        if file.is_file():
-            shutil.copyfile(file, folder / file.name)
+    for file in (*model.companions(), *model.folder.glob(NEURONS)):
+        copy_companion(file, model.folder, folder)
+    teacher = Path(o.teacher) if o.teacher and Path(o.teacher).is_dir() else None
     receipt = {
-        "options": dataclasses.asdict(o),
+        "options": {**dataclasses.asdict(o), "data": without_place(o.data), "teacher": without_place(o.teacher)},
         "data_sha256": files["text"],
         "teacher_revision": files["teacher"],
+        "teacher_sha256": {f.name: sha256(f) for f in sorted(teacher.glob("*.safetensors"))} if teacher else None,
         "tokens_seen": healed.tokens_seen,
         "held_out_nats_per_token": {"before": healed.before, "after": healed.after},
         "versions": versions("accelerate"),

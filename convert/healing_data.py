@@ -8,12 +8,19 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from .calibration_text import SELF, check_vocabulary, read_tokens, sampled_batches, tokenizer_in, window_of
+from .calibration_text import (
+    SELF,
+    check_vocabulary,
+    document_tokens,
+    read_tokens,
+    sampled_batches,
+    tokenizer_in,
+    window_of,
+)
 from .errors import ConversionError
 
 COLUMN = "text"
 ANOTHER_SEED = 2**31  # of a seed's bits a CPU's generator takes the lower 32
-AT_ONCE = 64  # documents that are tokenised at a time
 WINDOWS_OF_A_TEXT = 4  # that is sampled, at most: a longer one takes longer for each of its tokens
 
 
@@ -32,8 +39,8 @@ def healing_windows(
     Of several processes each samples its share: where there is sampling to do, all of them have to call this.
 
     Args:
-        data: 'self', a text file, or a dataset as `datasets.load_dataset` takes it, with a column `text`;
-            NAME:CONFIG and NAME:CONFIG:SPLIT name a configuration and a split.
+        data: 'self', a text file or JSON Lines with a `text` in each record, or a dataset as `datasets.load_dataset`
+            takes it, with a column `text`; NAME:CONFIG and NAME:CONFIG:SPLIT name a configuration and a split.
         folder: where the tokenizer is.
         vocabulary: tokens that the model knows.
         context: tokens in a window.
@@ -68,17 +75,9 @@ def healing_windows(
 
 def _dataset_tokens(data: str, folder: Path, tokens: int, progress: bool) -> torch.Tensor:
     """The first `tokens` of a dataset's documents, each with the tokenizer's special tokens, EOS between them."""
-    tokenizer = tokenizer_in(folder)
-    found: list[int] = []
-    documents = _documents(data)
-    with tqdm(total=tokens, desc="Reading", unit="tok", unit_scale=True, disable=None if progress else True) as bar:
-        while len(found) < tokens and (some := list(islice(documents, AT_ONCE))):
-            for ids in tokenizer(some, verbose=False)["input_ids"]:
-                found += ids
-                if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-                    found.append(tokenizer.eos_token_id)
-            bar.update(len(found) - bar.n)
-    return torch.tensor(found, dtype=torch.long)
+    ids = islice(document_tokens(tokenizer_in(folder), _documents(data)), tokens)
+    bar = tqdm(ids, total=tokens, desc="Reading", unit="tok", unit_scale=True, disable=None if progress else True)
+    return torch.tensor(list(bar), dtype=torch.long)
 
 
 def _documents(data: str) -> Iterator[str]:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
+from .card import CARD
 from .errors import ConversionError, one_line
 
 # What an HTTP status of the Hub means for somebody who pushes, and what to do.
@@ -31,6 +32,8 @@ def hub_errors(repo_id: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         raise ConversionError(_refusal(repo_id, error)) from error
     except Exception as error:
+        if type(error) is ValueError and CARD in str(error):  # the client has the Hub check it before anything is sent
+            raise ConversionError(f"the Hub refused the model card: {one_line(error)}") from error
         if not _is_of_the_network(error):
             raise
         raise ConversionError(

@@ -36,7 +36,7 @@ class Layer:
 
 def layer_generator(seed: int, layer: int) -> torch.Generator:
     """The generator with which a conversion's seed shuffles a layer; export makes it again."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + layer)
+    return torch.Generator().manual_seed((seed * 1_000_003 + layer) % 2**64)
 
 
 Order = Callable[[Layer], torch.Tensor]
@@ -122,8 +122,8 @@ def _fill(likeness: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
 def assign(name: str, layer: Layer) -> torch.Tensor:
     """(M, K, e) neuron numbers, with e the smallest width that fits; `PADDING` where there is none.
 
-    Where M * K does not divide the width, some experts end with one padding neuron, whose weights are zero: the
-    function stays the same.
+    Where M * K does not divide the width, some experts end with one padding neuron, which puts out nothing (see
+    `gather`): the function stays the same.
 
     Raises:
         ConversionError: the name is not known, or its order is not one of all neurons.
@@ -147,11 +147,16 @@ def deal(order: torch.Tensor, num_sublayers: int, num_experts: int) -> torch.Ten
 
 
 def gather(tensor: torch.Tensor, dim: int, neurons: torch.Tensor) -> torch.Tensor:
-    """Pick `neurons` (any shape, flattened) of `tensor` along `dim`; `PADDING` gives zeros."""
+    """Pick `neurons` (any shape, flattened) of `tensor` along `dim`.
+
+    `PADDING` has zeros in W_down (dim 1), so that it puts out nothing. What leads into it (dim 0) is neuron 0's: DoRA
+    divides by the norms of rows, which must not be 0.
+    """
     wanted = neurons.flatten()
     first, size = int(wanted[0]), wanted.numel()
     if first >= 0 and torch.equal(wanted, torch.arange(first, first + size)):
         return tensor.narrow(dim, first, size).contiguous()  # in one go: several times as fast
     picked = tensor.index_select(dim, wanted.clamp(min=0))
-    padding = (wanted == PADDING).nonzero().flatten()
-    return picked.index_fill_(dim, padding, 0)
+    if dim == 0:
+        return picked
+    return picked.index_fill_(dim, (wanted == PADDING).nonzero().flatten(), 0)

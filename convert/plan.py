@@ -13,9 +13,10 @@ import torch
 from transformers import LlamaConfig, PretrainedConfig
 
 from ..configuration_finedeep import FinedeepConfig
-from .errors import ConversionError, check_whole_number, one_line
+from .errors import ConversionError, check_seed, check_whole_number, one_line
 from .families import FAMILIES, Family
 from .hashing import sha256
+from .kinds import check_kind
 from .mapping import RECOMPUTED, Target, dense_shapes, family_config, pieces, some, targets
 from .neurons import ASSIGNMENTS, Layer, layer_generator
 from .shards import Entry, Shard, parse_size, plan_shards, size
@@ -27,6 +28,7 @@ MODES = {
     "grow": "sub-layer 1 has the dense neurons, new ones start with a zero W_down: exact for any M, and larger",
 }
 MEASURED = ("activity", "nonlinearity")  # assignments that need a text
+MUCH_PADDING = 0.1  # of the FFN's width
 CAST = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Fields of a dense config that belong to the folder it came from or to its classes, not to the model.
 NOT_INHERITED = {
@@ -35,6 +37,9 @@ NOT_INHERITED = {
     "auto_map",
     "transformers_version",
     "_name_or_path",
+    "attn_implementation",  # which may not be installed here
+    "_attn_implementation",
+    "_attn_implementation_internal",
     "intermediate_size",
     "num_labels",
     "id2label",
@@ -90,8 +95,10 @@ class Options:
             raise ConversionError("assignment 'activity' measures on a text; name one (--assignment-text, or text=).")
         if self.assignment == "nonlinearity" and not self.calibrates:
             raise ConversionError("assignment 'nonlinearity' is measured in calibration; add --calibrate (calibrate=).")
-        for field, least in {"calibration_tokens": 1, "calibration_steps": 0}.items():
-            check_whole_number(field, getattr(self, field), least)
+        least = {"num_expert_sublayers": 1, "num_experts_per_sublayer": 1, "calibration_tokens": 1}
+        for field, value in {**least, "calibration_steps": 0}.items():
+            check_whole_number(field, getattr(self, field), value)
+        check_seed(self.seed)
         parse_size(self.max_shard_size)
 
 
@@ -128,6 +135,21 @@ class Plan:
         if self.options.mode == "grow":
             width //= self.options.num_expert_sublayers
         return width - self.dense_config.intermediate_size
+
+    @property
+    def much_padding(self) -> str | None:
+        """A line, where padding makes a good part of the FFN: how much, and with which K there would be none."""
+        width, o = self.dense_config.intermediate_size, self.options
+        if self.padded_neurons <= MUCH_PADDING * width:
+            return None
+        sublayers = 1 if o.mode == "grow" else o.num_expert_sublayers
+        fitting = [K for K in range(1, width + 1) if width % (K * sublayers) == 0]
+        nearest = min(fitting, key=lambda K: abs(K - o.num_experts_per_sublayer), default=None)
+        instead = f"K={nearest} is the nearest without" if nearest else f"no K goes without, with M={sublayers}"
+        return (
+            f"M={o.num_expert_sublayers} sub-layers of K={o.num_experts_per_sublayer} experts fill the FFN's {width} "
+            f"neurons up with {self.padded_neurons} of padding ({self.padded_neurons / width:.0%}); {instead}."
+        )
 
     @property
     def exact(self) -> bool:
@@ -193,7 +215,7 @@ class Plan:
             f"memory      {size(self.memory)} of weights and activations at a time",
             f"logits      {'equal to the dense model' if self.exact else 'not equal to the dense model: M >= 2'}",
         ]
-        return "\n".join(lines)
+        return "\n".join([*lines, *([f"warning     {self.much_padding}"] if self.much_padding else [])])
 
     def _mapping_lines(self) -> list[str]:
         layers: dict[tuple[str, str], list[int]] = defaultdict(list)
@@ -234,7 +256,7 @@ def make_plan(dense: DenseCheckpoint, options: Options) -> Plan:
         Entry(target.name, target.shape, CAST[options.dtype] or dense.tensors[target.piece.stored].dtype)
         for target in found
     ]
-    config.dtype = CAST[options.dtype] or dense.tensors["model.embed_tokens.weight"].dtype
+    config.dtype = CAST[options.dtype] or dense.dtype
     return Plan(dense, dense_config, config, options, found, plan_shards(entries, parse_size(options.max_shard_size)))
 
 
@@ -310,6 +332,7 @@ def _check_numbers(config: FinedeepConfig) -> None:
 
 def check_tensors(dense: DenseCheckpoint, config: PretrainedConfig, wanted: Mapping[str, tuple[int, ...]]) -> None:
     """Every tensor that the config asks for is there with its shape, and no other."""
+    check_kind(dense, wanted)
     missing = [name for name in wanted if name not in dense.tensors]
     if missing:
         raise ConversionError(f"{dense.folder} lacks {some(missing)}, which its config.json asks for.")
@@ -328,9 +351,11 @@ def check_tensors(dense: DenseCheckpoint, config: PretrainedConfig, wanted: Mapp
             "lm_head.weight. Set tie_word_embeddings to false in its config.json if that weight is the right one."
         )
     if unknown:
+        are_biases = all(name.endswith(".bias") for name in unknown)
+        biases = " attention_bias or mlp_bias is missing from the config." if are_biases else ""
         raise ConversionError(
             f"{dense.folder} holds {some(unknown)}, which a {config.model_type} model with its config.json does not "
-            "have. If they are biases, attention_bias or mlp_bias is missing from the config."
+            f"have.{biases}"
         )
 
 

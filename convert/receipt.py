@@ -1,4 +1,4 @@
-"""The receipt: what a converted folder was made of, how, and how near it came, with no time or place in it.
+"""The receipt: what a converted folder was made of, how, and how near it came, with no time, place or secret in it.
 
 The same source, options and versions give the same receipt and the same weights, to the byte.
 """
@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from finedeep_files.whole_file import write_whole
 
-from .card import licence_of
+from .card import RECEIPT, licence_of
 from .errors import ConversionError
+from .hashing import sha256
+from .masking import masked
 from .neurons import PADDING
 from .plan import Plan
 from .source import read_json
 
-RECEIPT = "finedeep_conversion.json"
 # No safetensors file: vLLM, for one, takes every one that lies beside the weights for weights.
 NEURONS = "finedeep_neurons.json"
 PACKAGES = ("finedeep", "transformers", "torch", "safetensors")
@@ -45,6 +46,7 @@ def write_receipt(
         differences: for each layer, ||cut - dense|| / ||dense|| of the FFN's output on the probe batch.
         calibration: what `Calibration.record` says.
     """
+    text = plan.options.text
     receipt = {
         "source": {
             "id": source,
@@ -54,7 +56,8 @@ def write_receipt(
             "sha256": hashes,
             "config": {key: value for key, value in plan.dense.config.items() if key != "auto_map"},
         },
-        "options": dataclasses.asdict(plan.options),
+        "options": {name: without_place(value) for name, value in dataclasses.asdict(plan.options).items()},
+        "assignment_text": {"name": Path(text).name, "sha256": sha256(Path(text))} if text else None,
         "exact": plan.exact,
         "padded_neurons": plan.padded_neurons,
         "parameters": {"dense": plan.dense_parameters, "finedeep": plan.finedeep_parameters},
@@ -65,14 +68,24 @@ def write_receipt(
     write_json(folder / RECEIPT, receipt)
 
 
+def without_place(value: Any) -> Any:
+    """The name alone of what is a path here; a Hub id, a data set's name or anything else as it is."""
+    if not isinstance(value, str) or not value:
+        return value
+    name, colon, rest = value.partition(":")  # NAME:CONFIG:SPLIT, of a data set
+    if Path(value).exists():
+        return Path(value).absolute().name
+    return f"{Path(name).absolute().name}{colon}{rest}" if Path(name).exists() else value
+
+
 def versions(*others: str) -> dict[str, str]:
     """Of the packages that decide what is made, and of others."""
     return {package: version(package) for package in (*PACKAGES, *others)}
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON for people to read."""
-    path.write_bytes(as_json(content))
+    """Write JSON for people to read, with secrets masked."""
+    path.write_bytes(as_json(masked(content)))
 
 
 def as_json(content: Mapping[str, Any]) -> bytes:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from finedeep_files.inputs import HUB_ID
+from finedeep_files.inputs import check_model
 from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 from huggingface_hub.utils import disable_progress_bars
 
@@ -98,8 +98,7 @@ def refresh_code(
 
 def _fetched(model: str | Path, revision: str | None, whole: bool) -> tuple[Path, str]:
     """The part of a repository that is needed, and the commit that it is of."""
-    if Path(model).exists() or not HUB_ID.fullmatch(str(model)):
-        raise ConversionError(f"{model} is neither a folder nor a Hub id; name a Finedeep model's.")
+    check_model(model, ConversionError)
     patterns = ["config.json", CODE, RECEIPT, CARD]
     try:
         folder = Path(snapshot_download(str(model), revision=revision, allow_patterns=None if whole else patterns))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 TOKENIZER_CONFIG = "tokenizer_config.json"
+MORE_TEMPLATES = "additional_chat_templates/*.jinja"  # beside the default, as transformers saves them
 # What travels with the weights, where the source has it.
 COMPANIONS = (
     "tokenizer.json",
@@ -35,11 +37,13 @@ COMPANIONS = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    MORE_TEMPLATES,
     "generation_config.json",
     "LICENSE*",
     "NOTICE*",
     "USE_POLICY*",
 )
+ADAPTER = "adapter_config.json"
 OURS = "finedeep_*"  # receipts of a converted model
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # More than any real configuration, index or tokenizer has; json needs some ten times as much memory.
@@ -80,6 +84,22 @@ class DenseCheckpoint:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What transformers loads it in: the configuration's dtype, which need not be the file's.
+
+        Raises `ConversionError` for one in which no model can be loaded.
+        """
+        named = self.config.get("dtype") or self.config.get("torch_dtype")
+        if named is None:
+            return self.tensors["model.embed_tokens.weight"].dtype
+        known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+        if not isinstance(named, str) or named not in known:
+            raise ConversionError(
+                f"{self.folder / 'config.json'} has dtype {named!r}; name one of {', '.join(known)}, or leave it out."
+            )
+        return known[named]
+
     def load(self, name: str) -> torch.Tensor:
         """Read one tensor. Raises `ConversionError` where it holds NaN or infinity."""
         with _opened(self.tensors[name].file) as file:
@@ -101,9 +121,22 @@ class DenseCheckpoint:
 
     def companions(self) -> Iterator[Path]:
         """Tokenizer, generation config, chat template and licence files."""
-        for pattern in COMPANIONS:
-            found = sorted(path for path in self.folder.glob(pattern) if path.is_file())
-            yield from (_inside(self.folder, path) for path in found)
+        return companions_in(self.folder)
+
+
+def companions_in(folder: Path) -> Iterator[Path]:
+    """What travels with a checkpoint's weights. Raises `ConversionError` for a link out of the folder."""
+    for pattern in COMPANIONS:
+        found = sorted(path for path in folder.glob(pattern) if path.is_file())
+        yield from (inside(folder, path) for path in found)
+
+
+def copy_companion(file: Path, source: Path, folder: Path) -> Path:
+    """Copy a file of `source` to its place in `folder`, which may be in a folder below it. Returns the copy."""
+    copy = folder / file.relative_to(source)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(file, copy)
+    return copy
 
 
 def check_finedeep(config: Mapping[str, Any], where: str) -> None:
@@ -127,7 +160,8 @@ def open_checkpoint(source: str | Path, revision: str | None = None, check: Chec
         ConversionError: there is no such folder or repository, or it holds no complete safetensors checkpoint.
     """
     folder = _local_folder(source, revision, check)
-    path = _inside(folder, folder / "config.json")
+    check_no_adapter(folder)
+    path = inside(folder, folder / "config.json")
     config = read_json(path, "the model's configuration")
     check(config, str(path))
     tensors: dict[str, TensorInfo] = {}
@@ -158,6 +192,10 @@ def open_checkpoint(source: str | Path, revision: str | None = None, check: Chec
 def _local_folder(source: str | Path, revision: str | None, check: Check) -> Path:
     folder = Path(source)
     if folder.is_dir():
+        if revision is not None:
+            raise ConversionError(
+                f"{source} is a folder here, which has no revisions; leave --revision {revision} out, or name a Hub id."
+            )
         return folder
     check_model(source, ConversionError)
 
@@ -165,7 +203,8 @@ def _local_folder(source: str | Path, revision: str | None, check: Check) -> Pat
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
 
     try:
-        folder = fetch(["config.json", "README.md", INDEX, *COMPANIONS, OURS], revision)
+        folder = fetch(["config.json", ADAPTER, "README.md", INDEX, *COMPANIONS, OURS], revision)
+        check_no_adapter(folder)
         check(read_json(folder / "config.json", "the model's configuration"), str(source))
         # Not "*.safetensors": some repositories have all weights in another form too.
         has_index = (folder / INDEX).is_file()
@@ -180,10 +219,21 @@ def _local_folder(source: str | Path, revision: str | None, check: Check) -> Pat
         ) from error
 
 
+def check_no_adapter(folder: Path) -> None:
+    """Raise `ConversionError` for a folder that holds a PEFT adapter and no model."""
+    if not (folder / ADAPTER).is_file() or (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
+        return
+    base = read_json(folder / ADAPTER, "an adapter's configuration").get("base_model_name_or_path")
+    raise ConversionError(
+        f"{folder} holds a PEFT adapter, not a model. Merge it into its base first (AutoPeftModelForCausalLM."
+        f"from_pretrained(...).merge_and_unload().save_pretrained(...)), or take the base alone: {base or 'not named'}."
+    )
+
+
 def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
     """The weight files, each with the tensor names that an index lists for it (None where there is no index)."""
     if (folder / INDEX).is_file():
-        weight_map = read_json(_inside(folder, folder / INDEX), "the list of shards").get("weight_map")
+        weight_map = read_json(inside(folder, folder / INDEX), "the list of shards").get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ConversionError(f"{folder / INDEX} has no weight_map; get the checkpoint again.")
         files: dict[Path, set[str] | None] = {}
@@ -200,9 +250,9 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
                 f"{folder / INDEX} names shards that are not there: {', '.join(missing)}. "
                 "Download the checkpoint completely."
             )
-        return {_inside(folder, path): listed for path, listed in files.items()}
+        return {inside(folder, path): listed for path, listed in files.items()}
     if (folder / WEIGHTS).is_file():
-        return {_inside(folder, folder / WEIGHTS): None}
+        return {inside(folder, folder / WEIGHTS): None}
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles:
         raise ConversionError(
@@ -213,7 +263,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
     raise ConversionError(f"{folder} has neither {WEIGHTS} nor {INDEX}; a safetensors checkpoint is wanted.")
 
 
-def _inside(folder: Path, path: Path) -> Path:
+def inside(folder: Path, path: Path) -> Path:
     """`path`, unless it is a link out of the folder: what a checkpoint does not hold is not read.
 
     A snapshot in the Hub's cache links to the files of its repository, in the folder `blobs` beside it.

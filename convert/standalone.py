@@ -34,13 +34,16 @@ save_file({"logits": logits}, path)
 LOGITS = "logits.safetensors"
 
 
-def standalone_logits(name: str, revision: str | None = None, environment: Mapping[str, str] = {}) -> torch.Tensor:
+def standalone_logits(
+    name: str, revision: str | None = None, environment: Mapping[str, str] = {}, called: str | None = None
+) -> torch.Tensor:
     """Logits (1, 48, vocabulary), in the model's dtype, on tokens drawn by a fixed seed.
 
     Args:
         name: an absolute path, or a Hub id.
         revision: of a Hub id.
         environment: variables that the process has beside this one's.
+        called: what an error calls the model, by default its name.
 
     Raises:
         ConversionError: the model does not load there, or its logits are not finite.
@@ -58,4 +61,4 @@ def standalone_logits(name: str, revision: str | None = None, environment: Mappi
         if done.returncode == 0 and path.is_file():
             return load_file(path)["logits"]
     reason = done.stderr.strip().splitlines()[-1:] or [f"it ended with status {done.returncode} and no message"]
-    raise ConversionError(f"{name} does not load on its own: {reason[0]}. Nobody else could use it.")
+    raise ConversionError(f"{called or name} does not load on its own: {reason[0]}. Nobody else could use it.")

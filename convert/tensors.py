@@ -8,7 +8,7 @@ import torch
 
 from .errors import ConversionError
 from .mapping import Target
-from .neurons import gather
+from .neurons import PADDING, gather
 from .plan import CAST, Plan
 from .probe import LayerProbe
 
@@ -19,6 +19,16 @@ def layer_tensors(plan: Plan, layer: int, neurons: torch.Tensor) -> dict[str, to
     """All tensors of one decoder layer, by name; `neurons` (M, K, e) as `assign` gives them."""
     wanted = [target for target in plan.targets if target.layer == layer]
     return {target.name: torch.cat(list(blocks)) for target, blocks in made(plan, wanted, {layer: neurons})}
+
+
+def padding_rows(tensors: Mapping[str, torch.Tensor], neurons: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of each tensor of a layer that leads into neurons, whose names are given, which rows are padding's."""
+    found = {}
+    for name in tensors:
+        if _place_in_ffn(name)[0] in ("gate_proj", "up_proj"):
+            m = int(name.partition(".sublayers.")[2].partition(".")[0])
+            found[name] = (neurons[m].flatten() == PADDING).nonzero().flatten()
+    return found
 
 
 def made(

@@ -10,7 +10,7 @@ from pathlib import Path
 from finedeep_files.whole_file import write_whole
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .source import COMPANIONS, TOKENIZER_CONFIG, read_json
+from .source import TOKENIZER_CONFIG, companions_in, read_json
 
 # What tokenizers like to differ in: spaces, case, digits, accents, other scripts, line ends, how a text begins, ...
 PROBE = "Once upon a time, in 2024 - naïve Ünïcode; 東京 и Москва!\n\n  def f(x): return x ** 2\t# 3.14159"
@@ -29,41 +29,50 @@ def first_difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBas
     return next((text for text in texts if one(text)["input_ids"] != other(text)["input_ids"]), None)
 
 
-def keep_tokens(source: Path, folder: Path) -> None:
+def keep_tokens(source: Path, folder: Path, vocabulary: int) -> None:
     """See to it that AutoTokenizer gives the same tokens for a converted folder as for its source.
 
     transformers 5 goes by the model's type, which is another one now: for a Mistral or Phi-3 it takes tokenizer.json as
     it is, whatever class tokenizer_config.json names; for a type that it does not know it takes that class, which may
-    put its own rules in the place of the file's. Where that makes a difference, the class that reads the source is
-    named. Nothing is done where there is no tokenizer, and whatever is wrong with one is told of: no weights are lost
-    over it.
+    put its own rules in the place of the file's. transformers 4 asks to run the folder's code where no class is named,
+    and does not know the class that transformers 5 names. So the class that reads the source is named, where that makes
+    a difference. Nothing is done where there is no tokenizer, and whatever is wrong with one is told of, tokens beyond
+    the model's `vocabulary` among it: no weights are lost over it.
     """
     try:
-        _keep_tokens(source, folder)
+        _keep_tokens(source, folder, vocabulary)
     except Exception as error:  # a stranger's files, and classes of many kinds
         warnings.warn(f"the tokenizer of {source} was copied as it is ({type(error).__name__}: {error}).", stacklevel=2)
 
 
-def _keep_tokens(source: Path, folder: Path) -> None:
-    before, after = _loaded(source), _loaded(folder)
-    if before is None or (after is not None and first_difference(before, after) is None):
+def _keep_tokens(source: Path, folder: Path, vocabulary: int) -> None:
+    before = _loaded(source)
+    if before is None:
         return
-    path = folder / TOKENIZER_CONFIG
-    known = read_json(path, "the tokenizer's configuration") if path.is_file() else None
-    name = type(before).__name__
-    changes = {"tokenizer_class": AS_THE_FILE.get(name, name), "model_input_names": before.model_input_names}
-    write_whole(path, json.dumps({**(known or {}), **changes}, indent=2, ensure_ascii=False) + "\n")
-    after = _loaded(folder)
-    if after is None:
-        path.unlink()
-        if known is not None:
-            write_whole(path, json.dumps(known, indent=2, ensure_ascii=False) + "\n")
-    if after is None or first_difference(before, after) is not None:
+    if beyond := sorted((number, token) for token, number in before.get_vocab().items() if number >= vocabulary):
         warnings.warn(
-            f"a {name} reads {source}; of the converted folder, AutoTokenizer makes other tokens. Use the dense "
-            "model's tokenizer with it.",
+            f"the model of {source} has {vocabulary} tokens, and its tokenizer {len(beyond)} beyond those, such as "
+            f"{beyond[0][1]!r} ({beyond[0][0]}): a text or a batch with one of them fails. Resize the dense model's "
+            "embeddings, or take them out of the tokenizer.",
             stacklevel=3,
         )
+    path = folder / TOKENIZER_CONFIG
+    known = read_json(path, "the tokenizer's configuration") if path.is_file() else {}
+    name = type(before).__name__
+    named = {**known, "tokenizer_class": AS_THE_FILE.get(name, name), "model_input_names": before.model_input_names}
+    every_version_knows = known.get("tokenizer_class") not in (None, *AS_THE_FILE)
+    for content in (known, named) if every_version_knows else (named, known):
+        write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        after = _loaded(folder)
+        if after is not None and first_difference(before, after) is None:
+            return
+    if not known:
+        path.unlink()
+    warnings.warn(
+        f"a {name} reads {source}; of the converted folder, AutoTokenizer makes other tokens. Use the dense model's "
+        "tokenizer with it.",
+        stacklevel=3,
+    )
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -83,8 +92,10 @@ def _alone(folder: Path) -> Iterator[Path]:
     """
     with tempfile.TemporaryDirectory(prefix="finedeep-tokenizer-") as place:
         alone = Path(place)
-        for file in {file for pattern in COMPANIONS for file in folder.glob(pattern)}:
-            (alone / file.name).symlink_to(file.resolve())
+        for file in companions_in(folder):
+            link = alone / file.relative_to(folder)
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(file.resolve())
         config = read_json(folder / "config.json", "the model's configuration")
         said = {field: config[field] for field in WANTED if isinstance(config.get(field), str)}
         (alone / "config.json").write_text(json.dumps(said), encoding="utf-8")

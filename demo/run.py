@@ -6,6 +6,7 @@ from transformers.utils import logging
 
 from ..convert import convert_checkpoint
 from ..convert.destination import working_folder
+from ..convert.errors import check_seed
 from ..eval import evaluate, side_by_side
 from ..eval.harness import require_harness
 from .dense import train_dense
@@ -25,12 +26,13 @@ def run_demo(output: str | Path, *, seed: int = 0, steps: int = 300) -> str:
         steps: training steps of the dense model.
 
     Raises:
-        ConversionError: `output` is in use.
+        ConversionError: `output` is in use, or the seed is no whole number of 31 bits.
         EvaluationError: lm-eval is not installed.
     """
     require_harness()
     from ..eval.comparison import compare, sentence_of  # which need what has just been looked for
 
+    check_seed(seed, 31)  # 32 bits are what NumPy takes, and the questions have the next one
     output = Path(output)
     working_folder(output).check()
     logging.disable_progress_bar()  # loading takes no time here

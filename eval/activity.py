@@ -180,12 +180,15 @@ def activation_of(ffn: nn.Module) -> nn.Module | None:
 
 
 def live_neurons(ffn: nn.Module) -> torch.Tensor | None:
-    """Which neurons (width,) are there; the others are the zeros that conversion fills experts up with. None: all."""
-    weight = getattr(getattr(ffn, "gate_proj", None), "weight", None)
+    """Which neurons (width,) are there; the others put out nothing, as those that conversion fills experts up with do.
+
+    None: all. So it is where W_down is zero altogether, as in a sub-layer that has grown and not yet learnt.
+    """
+    weight = getattr(getattr(ffn, "down_proj", None), "weight", None)
     if not isinstance(ffn, FinedeepSublayer) or weight is None or not weight.is_floating_point():
         return None
-    live = weight.ne(0).any(1)
-    return None if live.all() else live
+    live = weight.ne(0).any(0)
+    return None if live.all() or not live.any() else live
 
 
 def watch(place: Place, ffn: nn.Module) -> Iterator[Any]:

@@ -13,7 +13,8 @@ from .scores import Place, Results, Score, scores_of
 from .table import aligned_markdown, direction
 
 SIGNIFICANT = 0.05
-BETTER, WORSE, SAME = "better", "worse", "not distinguishable at this size"
+BETTER, WORSE, SAME, IDENTICAL = "better", "worse", "not distinguishable at this size", "identical"
+FEW = 30  # samples: of fewer a percentile bootstrap covers clearly less than it is named for, 76 % with 6
 # metric -> its aggregate in `paired.AGGREGATES`; others are means
 AGGREGATE_OF = {
     "perplexity": "perplexity",
@@ -23,7 +24,7 @@ AGGREGATE_OF = {
 }
 SIZED = {"weighted_perplexity", "bits_per_byte"}  # whose samples are pairs of log-likelihood and words or bytes
 # A task is judged by the first of these that it has, otherwise by its own first metric.
-MAIN_METRICS = ("acc_norm", "acc", "exact_match", "contains", "word_perplexity")
+MAIN_METRICS = ("acc_norm", "acc", "exact_match", "contains", "bits_per_byte", "word_perplexity")
 Pairs = Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
 
 
@@ -126,8 +127,10 @@ def _task_difference(place: Place, pairs: Mapping[str, Pairs], score: Score, see
     before, after, sizes = columns
     aggregate = AGGREGATE_OF.get(place.metric, "mean")
     weights = np.ones_like(after) if sizes is None else sizes
+    with np.errstate(over="ignore"):
+        total = AGGREGATES[aggregate](after, weights, -1)
     # Some metrics (F1 over a corpus, say) are no aggregate of samples: nothing is said of those.
-    if not math.isclose(AGGREGATES[aggregate](after, weights, -1), score.value, rel_tol=1e-6, abs_tol=1e-9):
+    if not math.isclose(total, score.value, rel_tol=1e-6, abs_tol=1e-9):
         return None
     # What a sample has of a perplexity is a log-likelihood, of which the higher one is the better.
     higher = score.higher_is_better or aggregate != "mean"
@@ -175,6 +178,8 @@ def _verdict(row: Row, p: float | None) -> str:
     d = row.difference
     if d is None:
         return "not compared"
+    if d.ties == d.samples:
+        return IDENTICAL
     if p >= SIGNIFICANT or d.difference == 0:
         return SAME
     return BETTER if (d.difference > 0) == row.model.higher_is_better else WORSE
@@ -188,11 +193,18 @@ def sentence_of(row: Row) -> str:
 def figures_of(row: Row) -> str:
     """What a verdict is from, in words."""
     d = row.difference
+    infinite = [name for name in ("baseline", "model") if not math.isfinite(getattr(row, name).value)]
     if d is None and row.model.higher_is_better is None:
         return f"the task does not say whether a higher {row.place.metric} is better"
+    if d is None and infinite:
+        return f"{row.place.metric} of the {' and the '.join(infinite)} is infinite: an answer has no chance there"
     if d is None:
         return f"{row.place.metric} is no average over samples"
+    if row.verdict == IDENTICAL:
+        return f"{row.place.metric} {row.model.value:.4f}, identical on all {d.samples:,} questions"
     bounds = f", {LEVEL:.0%} interval {interval_of(d)}" if d.low is not None else ""
+    if bounds and (d.low > 0 or d.high < 0) != (row.p_holm < SIGNIFICANT):
+        bounds += " (of this task by itself; the verdict goes by p)"
     return (
         f"{row.place.metric} {row.baseline.value:.4f} -> {row.model.value:.4f}, difference {d.difference:+.4f}{bounds}"
         f"; {d.test} p = {row.p_holm:.2g} after Holm; {d.samples:,} samples"
@@ -202,6 +214,24 @@ def figures_of(row: Row) -> str:
 def interval_of(d: Difference) -> str:
     """The interval's two ends, or nothing where there is none."""
     return "" if d.low is None else f"{d.low:+.4f} to {d.high:+.4f}"
+
+
+def notes_of(rows: Sequence[Row]) -> list[str]:
+    """What a reader of the table should know of its intervals."""
+    tested = [row for row in rows if row.main and row.difference]
+    notes = []
+    if tested:
+        notes.append(
+            f"Intervals and p in the table are each row's own. Verdicts go by p after Holm's correction over "
+            f"{len(tested)} task{'s' * (len(tested) > 1)}: a difference can be undecided although its interval leaves "
+            "out 0."
+        )
+    if few := [f"{row.place.task}: {row.difference.samples}" for row in tested if row.difference.samples < FEW]:
+        notes.append(
+            f"Fewer than {FEW} samples ({', '.join(few)}): a bootstrap interval of so few covers less than the "
+            f"{LEVEL:.0%} that it is named for, of 6 samples 76 %."
+        )
+    return notes
 
 
 HEAD = ("Task", "Metric", "Better", "dense", "finedeep", "difference", "95 % interval", "p", "win/tie/loss")

@@ -15,21 +15,35 @@ from pathlib import Path
 from typing import Any
 
 from ..convert.loading_bars import without_loading_bars
+from ..convert.masking import masked
+from .chat import chat_template_of
 from .errors import EvaluationError, cannot_load
 from .identity import identity_of
 from .kept import Answers, KeptAnswers, answering, answers_of
 from .output import name_of
 from .scores import Results, scores_of
 
+# What --set cannot set, and how it is set instead.
 OWN_OPTIONS = {
-    "pretrained",
-    "device",
-    "dtype",
-    "batch_size",
-    "max_length",
-    "tokenizer",
-    "add_bos_token",
-    "prefix_token_id",
+    "pretrained": "it is the model itself",
+    **{
+        name: f"use --{name.replace('_', '-')} ({name}=)"
+        for name in (
+            *("tasks", "include_path", "num_fewshot", "limit", "batch_size", "device", "dtype", "max_length", "seed"),
+            *("apply_chat_template", "fewshot_as_multiturn", "system_instruction"),
+        )
+    },
+    **dict.fromkeys(
+        ("tokenizer", "add_bos_token", "prefix_token_id"), "a model is scored with its own tokenizer, as that is set up"
+    ),
+}
+# Tokens that the harness puts in by itself: for which requests, what for, and which; None: none.
+OWN_TOKENS: Mapping[str, tuple[str, Callable[[Any], int | None]]] = {
+    "loglikelihood_rolling": ("begins texts with", lambda lm: lm.prefix_token_id),
+    "generate_until": (
+        "fills batches (--batch-size 1 has nothing to fill) up with",
+        lambda lm: None if lm.batch_size == 1 else lm.tokenizer.pad_token_id,
+    ),
 }
 SUITE = Path(__file__).parent / "tasks"
 MOST_ON_A_CPU = 32  # sequences in a batch: more of them are no faster there
@@ -67,6 +81,9 @@ def evaluate(
     dtype: str = "auto",
     max_length: int | None = None,
     model_args: Mapping[str, Any] | None = None,
+    apply_chat_template: bool | str = False,
+    fewshot_as_multiturn: bool | None = None,
+    system_instruction: str | None = None,
     output: str | Path | None = None,
     work: str | Path | None = None,
     answers: str | Path | None = None,
@@ -91,6 +108,10 @@ def evaluate(
         dtype: "auto" for the checkpoint's own, or such as "float32".
         max_length: tokens of context and answer together; None for the model's own limit.
         model_args: further arguments of the harness's `hf` model, such as {"parallelize": True}.
+        apply_chat_template: whether questions become messages by the model's chat template; or the name of one of its
+            templates.
+        fewshot_as_multiturn: whether examples are turns of the conversation; None: where there is a chat template.
+        system_instruction: a text that comes before each question, with a chat template as the system's message.
         output: a folder for the harness's results and samples.
         work: a folder in which every answer is kept as soon as it is there, so that a run that was stopped goes on with
             the next question, and each task's scores as soon as it is done.
@@ -107,16 +128,31 @@ def evaluate(
     """
     lm_eval = require_harness()
     say = say or (lambda line: None)
-    if own := OWN_OPTIONS & set(model_args or {}):
+    for name in sorted(OWN_OPTIONS.keys() & (model_args or {}).keys()):
+        raise EvaluationError(f"{name} is no argument of the harness's hf model that can be set: {OWN_OPTIONS[name]}.")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise EvaluationError(f"seed={seed!r} is not a whole number from 0 to {2**32 - 1}.")
+    if fewshot_as_multiturn and not apply_chat_template:
         raise EvaluationError(
-            f"{', '.join(sorted(own))}: no argument to set; there are options for model, dtype and such."
+            "--fewshot-as-multiturn makes turns of a conversation of the examples, for which --apply-chat-template is "
+            "needed."
         )
     wanted = _load_tasks(tasks, include_path)
     _tell_of_examples(wanted, num_fewshot, say)
     arguments = {"pretrained": str(model), "dtype": dtype, "max_length": max_length, **(model_args or {})}
     lm = _load_model(arguments, batch_size, device)
     _check_logits(lm, model)
+    _check_tokens(lm, model, wanted)
+    if apply_chat_template:
+        # Of several, the harness would record the one that was asked for and apply the default.
+        lm.tokenizer.chat_template = chat_template_of(model, apply_chat_template, lm.tokenizer)
+    prompts = {
+        "apply_chat_template": apply_chat_template,
+        "fewshot_as_multiturn": bool(apply_chat_template) if fewshot_as_multiturn is None else fewshot_as_multiturn,
+        "system_instruction": system_instruction,
+    }
     how = {
+        **prompts,
         "task_manager": wanted.manager,
         "num_fewshot": num_fewshot,
         "limit": limit,
@@ -152,6 +188,7 @@ def evaluate(
             results = _simple_evaluate(lm_eval, lm, wanted.whole, how, say)
     if not results:
         return {}
+    results["config"] |= prompts
     results["config"] |= {"model": "hf", "model_args": arguments, "batch_size": batch_size, "use_cache": None}
     if output:
         save_results(results, Path(output))
@@ -256,6 +293,19 @@ def _check_logits(lm: Any, model: str | Path) -> None:
         )
 
 
+def _check_tokens(lm: Any, model: str | Path, wanted: "_Wanted") -> None:
+    """Raise `EvaluationError` where the harness would give the model a token that it does not have."""
+    types = {task.OUTPUT_TYPE for task in wanted.leaves.values()}
+    has = lm.model.config.vocab_size
+    for output_type, (use, token) in OWN_TOKENS.items():
+        number = token(lm)
+        if output_type in types and number is not None and number >= has:
+            raise EvaluationError(
+                f"the tokenizer of {model} {use} {lm.tokenizer.convert_ids_to_tokens(number)!r}, token {number}, and "
+                f"the model has {has} tokens, from 0. Name one of those in its tokenizer_config.json instead."
+            )
+
+
 @contextlib.contextmanager
 def _quick_side_jobs() -> Iterator[None]:
     """Keep the harness from asking git, which complains without a repository, and from listing packages again."""
@@ -297,6 +347,18 @@ def _errors_of(model: str | Path, tasks: Sequence[str]) -> Iterator[None]:
         yield
     except OSError as error:
         raise EvaluationError(f"{model} on {', '.join(tasks)}: {_one_line(error)}") from error
+    except OverflowError as error:  # exp() of what a word costs, where a model is all wrong or a script has no spaces
+        raise EvaluationError(
+            f"{model} has a perplexity on {', '.join(tasks)} that is too large for a number: its weights are damaged, "
+            "or the text has no spaces to count words by. Texts in a --local folder are measured in bits per byte."
+        ) from error
+    except IndexError as error:
+        if "index out of range in self" not in str(error):  # torch's, of an embedding on a CPU
+            raise
+        raise EvaluationError(
+            f"{model} on {', '.join(tasks)}: the tokenizer gives a token that the model does not have. They do not "
+            "belong together, or a text has a token in it that was added to the tokenizer only."
+        ) from error
     except AssertionError as error:
         for assertion, said in ASSERTIONS.items():
             if assertion in traceback.format_exc():
@@ -356,22 +418,27 @@ def _summary(results: Results) -> str:
 def save_results(results: Results, output: Path, name: str | None = None) -> None:
     """Write results and samples as the harness's own command does, in a folder of the model's name, or another.
 
+    Secrets are masked in all but the samples.
+
     Raises:
         EvaluationError: something could not be written, of which the harness itself would only warn.
     """
     from lm_eval.loggers import EvaluationTracker
 
     before = set(output.rglob("*.json*"))
+    config = results["config"]
+    model, template = config["model_args"]["pretrained"], config.get("apply_chat_template")
     tracker = EvaluationTracker(output_path=str(output))
     tracker.general_config_tracker.log_experiment_args(
         model_source="hf",
-        model_args=f"pretrained={name or name_of(results['config']['model_args']['pretrained'])}",
-        system_instruction=None,
-        chat_template=None,
-        fewshot_as_multiturn=None,
+        model_args=f"pretrained={name or name_of(model)}",
+        system_instruction=config.get("system_instruction"),
+        chat_template=chat_template_of(model, template) if template else None,
+        fewshot_as_multiturn=config.get("fewshot_as_multiturn"),
     )
     samples = results["samples"]
-    tracker.save_results_aggregated(results={k: v for k, v in results.items() if k != "samples"}, samples=samples)
+    told = masked({key: value for key, value in results.items() if key != "samples"})
+    tracker.save_results_aggregated(results=told, samples=samples)
     for task, task_samples in samples.items():
         tracker.save_results_samples(task_name=task, samples=task_samples)
     written = set(output.rglob("*.json*")) - before

@@ -10,6 +10,7 @@ from typing import Any
 from transformers.utils import cached_file
 
 from ..configuration_finedeep import __version__
+from ..convert.masking import masked
 
 PACKAGES = ("torch", "transformers", "lm_eval", "scipy")
 # The files of a model's folder that decide its answers.
@@ -23,7 +24,7 @@ OTHERS = {"peft": "adapter_config.json", "delta": "config.json"}
 
 def identity_of(model: str | Path, options: Mapping[str, Any]) -> str:
     """A name for a model as it is now, with options that decide its answers."""
-    known = {key: files_of(value, OTHERS[key]) if key in OTHERS else value for key, value in options.items()}
+    known = {key: files_of(value, OTHERS[key]) if key in OTHERS else value for key, value in masked(options).items()}
     place = str(Path(model).resolve()) if Path(model).is_dir() else str(model)
     files = files_of(model, revision=options.get("revision"))
     decisive = json.dumps([place, files, versions(), known], sort_keys=True, default=str)

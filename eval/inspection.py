@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..convert.loading_bars import without_loading_bars
+from ..convert.text_files import JSON_LINES
 from .activity import EDGES, THRESHOLDS, Place, places_of, rates, watch
 from .errors import EvaluationError, cannot_load
 from .output import INSPECTED, INSPECTION, working_folder
@@ -134,7 +135,9 @@ def batches(tokenizer: PreTrainedTokenizerBase, text: Path, window: int, tokens:
 
 
 def check_text(text: Path) -> None:
-    """Raise `EvaluationError` unless the whole text can be read and there is something in it."""
+    """Raise `EvaluationError` unless the whole text can be read, is no JSON, and there is something in it."""
+    if text.suffix in (".json", *JSON_LINES):
+        raise EvaluationError(f"{text} is JSON, whose syntax would be measured as text; name a plain text file.")
     try:
         with text.open(encoding="utf-8") as file:
             found = False

@@ -12,6 +12,7 @@ from typing import Any
 from finedeep_files.lock import locked
 from finedeep_files.whole_file import write_whole
 
+from ..convert.masking import masked
 from .errors import EvaluationError
 from .processes import are_several, process_number, share
 from .scores import Results
@@ -114,7 +115,7 @@ class KeptAnswers:
         _write(self._done(task), found)
         if self.shelf:
             self._put_on_shelf(task, found)
-        scores = {key: value for key, value in results.items() if key != "samples"}
+        scores = masked({key: value for key, value in results.items() if key != "samples"})
         path = self.folder / f"{task.replace('/', '_')}.json"
         path.write_text(json.dumps(scores, indent=2, default=handle_non_serializable), encoding="utf-8")
 

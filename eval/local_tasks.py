@@ -46,7 +46,8 @@ KINDS: dict[str, dict[str, Any]] = {
         "output_type": "loglikelihood_rolling",
         "doc_to_text": "",
         "doc_to_target": "text",
-        "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+        # Not by words: in scripts without spaces a passage is one, whose perplexity no number can hold.
+        "metric_list": [{"metric": "bits_per_byte"}, {"metric": "byte_perplexity"}],
     },
     # answer: text
     "generation": {

@@ -50,8 +50,10 @@ def difference_of(
     aggregate: str = "mean",
     higher_is_better: bool = True,
     seed: int = 0,
-) -> Difference:
+) -> Difference | None:
     """Compare two models' scores of the same samples, in the same order.
+
+    Returns None where a score or an aggregate is infinite: with an answer that has no chance, there is no average.
 
     Args:
         baseline: a score for each sample; log-likelihoods, where the aggregate is not "mean".
@@ -62,9 +64,14 @@ def difference_of(
         seed: of bootstrap and permutations.
     """
     a, b = np.asarray(baseline, float), np.asarray(model, float)
-    b = np.where(np.abs(b - a) <= ROUNDING * np.abs(a), a, b)
+    with np.errstate(invalid="ignore"):  # of minus infinity less minus infinity
+        b = np.where(np.abs(b - a) <= ROUNDING * np.abs(a), a, b)
     w = np.ones_like(a) if sizes is None else np.asarray(sizes, float)
     of = AGGREGATES[aggregate]
+    with np.errstate(over="ignore"):
+        totals = of(a, w, -1), of(b, w, -1)
+    if not np.isfinite([*totals, *a, *b]).all():
+        return None
     better = (b - a) * (1 if higher_is_better else -1)
     counts = _counts(better)
     low, high = _interval(a, b, w, of, seed)
@@ -74,7 +81,7 @@ def difference_of(
     else:
         test, p = "paired permutation", _permutation(a, b, w, of, seed)
     return Difference(
-        difference=float(of(b, w, -1) - of(a, w, -1)),
+        difference=float(totals[1] - totals[0]),
         low=low,
         high=high,
         p=float(p),

@@ -11,7 +11,7 @@ from finedeep_files.whole_file import write_whole
 from jinja2 import Environment, StrictUndefined
 
 from . import cost, inspection, plots
-from .comparison import BETTER, HEAD, SAME, WORSE, Row, cells_of, figures_of
+from .comparison import BETTER, HEAD, IDENTICAL, SAME, WORSE, Row, cells_of, figures_of
 from .inspection import TAU
 from .output import PAGE
 
@@ -45,7 +45,7 @@ def write_report(folder: Path, comparison: Mapping[str, Any], rows: Sequence[Row
         verdicts=[(row.verdict, row.place.task, figures_of(row)) for row in rows if row.main],
         head=HEAD,
         scores=[(cells_of(row), row.main) for row in rows],
-        contexts=comparison["contexts"],
+        notes=comparison["notes"],
         sparsity=[(cells, False) for cells in inspection.rows_of(found)] if found else [],
         cost=[(cells, False) for cells in cost.rows_of(costs)] if costs else [],
         costs=costs,
@@ -62,6 +62,8 @@ def cards_of(comparison: Mapping[str, Any], rows: Sequence[Row]) -> Any:
     yield f"{verdicts[BETTER]}", "tasks better", BETTER if verdicts[BETTER] else ""
     yield f"{verdicts[WORSE]}", "tasks worse", WORSE if verdicts[WORSE] else ""
     yield f"{verdicts[SAME]}", "undecided at this size", ""
+    if verdicts[IDENTICAL]:
+        yield f"{verdicts[IDENTICAL]}", "tasks identical", ""
     if found := comparison.get("inspection"):
         dense, model = (found[name] for name in ("dense", "finedeep"))
         yield f"{model['loss'] - dense['loss']:+.4f}", "loss over dense, nats per token", ""

@@ -11,8 +11,10 @@ from typing import Any
 from finedeep_files.whole_file import write_whole
 
 from ..convert.card import COMPARISON
+from ..convert.masking import masked
 from . import cost, inspection
-from .comparison import compare, sentence_of, table_of
+from .chat import BEGINNING, chat_template_of, check_same_template
+from .comparison import compare, notes_of, sentence_of, table_of
 from .errors import EvaluationError
 from .harness import evaluate, save_results
 from .identity import files_in, files_of, versions
@@ -47,6 +49,9 @@ def score(model: str | Path, tasks: Sequence[str] = (), **options: Any) -> Study
         return None
     check_output(**{name: options.get(name) for name in PLACES})
     beginning = beginning_of(model)
+    if template := options.get("apply_chat_template"):
+        chat_template_of(model, template)
+        beginning = BEGINNING
     with _working({"model": model}, tasks, options) as (work, output):
         results = _score({"model": model}, tasks, work, options)
         if not is_first_process():
@@ -94,6 +99,9 @@ def study(
         return None
     check_output(**{name: options.get(name) for name in PLACES})
     beginning = check_same_tokenizer(baseline, model)
+    if template := options.get("apply_chat_template"):
+        check_same_template(baseline, model, template)
+        beginning = BEGINNING
     if text:
         check_text(Path(text))
     with _working(models, tasks, options) as (work, output):
@@ -185,7 +193,14 @@ def plan_of(
         "versions": versions(),
         **decisive,
     }
-    return json.loads(json.dumps(plan, default=str))
+    return json.loads(json.dumps(masked(plan), default=str))
+
+
+def _note_on_dtypes(dtypes: Mapping[str, str]) -> list[str]:
+    if len(set(dtypes.values())) == 1:
+        return []
+    scored = ", ".join(f"{name} in {dtype}" for name, dtype in dtypes.items())
+    return [f"Two dtypes are compared: {scored}. --dtype float32 scores both in one."]
 
 
 def _conclude(
@@ -201,14 +216,17 @@ def _conclude(
     say = options.get("say") or (lambda line: None)
     rows = compare(results["dense"], results["finedeep"], options.get("seed", 0))
     verdicts = [sentence_of(row) for row in rows if row.main]
-    parts = [table_of(rows), "\n".join(verdicts), beginning]
+    dtypes = {name: str(found["config"]["model_dtype"]).removeprefix("torch.") for name, found in results.items()}
+    notes = [*notes_of(rows), *_note_on_dtypes(dtypes), beginning]
+    parts = [table_of(rows), "\n".join(verdicts), *notes]
     comparison: dict[str, Any] = {
         "models": {name: str(path) for name, path in models.items()},
         "tasks": [row.as_dict() for row in rows],
         "verdicts": verdicts,
         "n-shot": results["finedeep"]["n-shot"],
-        "contexts": beginning,
-        "options": {key: value for key, value in options.items() if key not in NOT_TOLD},
+        "notes": notes,
+        "dtypes": dtypes,
+        "options": masked({key: value for key, value in options.items() if key not in NOT_TOLD}),
         "versions": versions(),
     }
     how = {"device": options.get("device"), "dtype": options.get("dtype", "auto")}

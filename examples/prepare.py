@@ -52,13 +52,30 @@ def main() -> None:
 def prepare(recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:
     """Make FOLDER/tokenizer and FOLDER/tokens unless they are there, one process at a time.
 
-    Exits where they were made of something else. Without texts in the recipe, whatever is there is taken.
+    Exits where they were made of something else, or where the recipe's texts are not there. Without texts in the
+    recipe, whatever is there is taken.
     """
+    check_texts(recipe["data"], folder)
     if not recipe["data"]["train"]:
         return AutoTokenizer.from_pretrained(folder / "tokenizer")
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         return made(recipe, folder)
+
+
+def check_texts(data: Recipe, folder: Path) -> None:
+    """Exit unless there are texts to train and to measure on, before anything is made or loaded."""
+    if not data["train"] and not (folder / "tokens").is_dir():
+        raise SystemExit("the recipe names no text as data.train: --set data.train=FILE")
+    if not data["train"]:
+        return
+    if not data["validation"] and not data.get("held_out_documents"):
+        raise SystemExit("the recipe names no text as data.validation: --set data.validation=FILE")
+    for name, files in texts_of(data).items():
+        field = f"validation.{name}" if isinstance(data["validation"], dict) and name != "train" else name
+        if not files or not isinstance(files, str):
+            raise SystemExit(f"the recipe names no text as data.{field}: --set data.{field}=FILE")
+        files_of(files)
 
 
 def made(recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:

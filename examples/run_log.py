@@ -9,6 +9,7 @@ import from_checkout  # noqa: F401
 import torch
 import transformers
 from finedeep import __version__
+from finedeep.convert.masking import masked
 from finedeep.eval.cost import flops
 from finedeep_files.whole_file import write_whole
 from recipe import Recipe, without_folders
@@ -19,10 +20,10 @@ PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "
 
 
 def first_line(recipe: Recipe, model: PreTrainedModel) -> dict[str, Any]:
-    """What is trained."""
+    """What is trained, without folders and secrets."""
     context = recipe["data"]["context"]
     return {
-        "recipe": without_folders(recipe),
+        "recipe": masked(without_folders(recipe)),
         "parameters": model.num_parameters(),
         "trained": model.num_parameters(only_trainable=True),
         "flops_per_token": flops(model, torch.zeros(1, context, dtype=torch.long)) / context,

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -30,8 +31,10 @@ def check_text(text: str | Path) -> None:
         raise InputError(f"{text} cannot be read: there is no permission to.")
 
 
-def check_folder(folder: str | Path) -> None:
-    """Raise `InputError` unless it is a folder."""
+def check_folder(folder: str | Path, content: str, patterns: Sequence[str] = ("*",)) -> None:
+    """Raise `InputError` unless it is a folder with a file of one of the patterns; `content` says what it is for."""
     if not os.path.isdir(folder):
         what = "is a file" if os.path.exists(folder) else "does not exist"
-        raise InputError(f"{folder} {what}; name a folder.")
+        raise InputError(f"{folder} {what}; name a folder with {content}.")
+    if not any(next(Path(folder).glob(pattern), None) for pattern in patterns):
+        raise InputError(f"{folder} holds no {' and no '.join(patterns)}; name a folder with {content}.")

@@ -120,7 +120,7 @@ def create(self, content):
 def validate_yaml(self, content):
     metadata = json.loads(content)["content"].split("---")[1]
     errors = [] if "license_name" not in metadata or "license:" in metadata else [{"message": "license is missing"}]
-    return self.answer({"errors": errors, "warnings": []})
+    return self.answer({"errors": errors, "warnings": []}, 400 if errors else 200)
 
 
 def preupload(self, content, repo, revision):
@@ -197,7 +197,15 @@ def info(self, content, repo, revision="main"):
         return None
     files, oid = found
     return self.answer(
-        {"id": repo, "modelId": repo, "sha": oid, "private": False, "tags": [], "downloads": 0, "likes": 0}
+        {
+            "id": repo,
+            "modelId": repo,
+            "sha": oid,
+            "private": bool(self.server.private.get(repo)),
+            "tags": [],
+            "downloads": 0,
+            "likes": 0,
+        }
         | {"siblings": [{"rfilename": path} for path in sorted(files)]}
     )
 

@@ -15,8 +15,9 @@ from finedeep.convert.calibration_text import sampled_batches, sampled_windows, 
 from finedeep.convert.closed_form import correct
 from finedeep.convert.hashing import sha256
 from finedeep.convert.least_squares import RIDGES, LeastSquares
+from finedeep.convert.neurons import PADDING
 from finedeep.convert.plan import Options, make_plan
-from finedeep.convert.receipt import RECEIPT
+from finedeep.convert.receipt import RECEIPT, read_neuron_table
 from finedeep.convert.source import open_checkpoint
 from finedeep.convert.stream import Stream, over_chunks, through
 from finedeep_cli import main
@@ -292,7 +293,7 @@ def test_the_errors_are_those_of_the_models(tmp_path, gentle, text):
 def test_the_same_options_give_the_same_bytes(tmp_path, dense, text):
     calibrate(dense, tmp_path / "one", text)
     receipt = json.loads((tmp_path / "one" / RECEIPT).read_text())
-    convert_checkpoint(dense, tmp_path / "two", progress=False, **receipt["options"])
+    convert_checkpoint(dense, tmp_path / "two", progress=False, **{**receipt["options"], "calibrate": str(text)})
     assert fingerprint(tmp_path / "one") == fingerprint(tmp_path / "two")
     calibrate(dense, tmp_path / "three", text, seed=1)
     assert fingerprint(tmp_path / "one") != fingerprint(tmp_path / "three")
@@ -365,7 +366,14 @@ def test_dead_neurons_and_padding_do_no_harm(tmp_path, text):
     model.save_pretrained(folder)
     done = calibrate(folder, tmp_path / "out", text)
     assert all(np.isfinite([layer.closed_form, layer.calibrated]).all() for layer in done.calibration)
-    assert all(torch.isfinite(tensor).all() for tensor in load_file(tmp_path / "out/model.safetensors").values())
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+    for i, neurons in enumerate(read_neuron_table(tmp_path / "out", 2, 44)):
+        assert (neurons == PADDING).sum() == 4
+        for m, padding in enumerate(neurons.flatten(1) == PADDING):
+            sublayer = f"model.layers.{i}.sublayers.{m}."
+            assert not tensors[f"{sublayer}down_proj.weight"][:, padding].any()
+            assert tensors[f"{sublayer}up_proj.weight"][padding].any(1).all()  # DoRA divides by the norms of rows
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ PROBE = """
 import sys
 from finedeep_cli import main
 try:
-    main(sys.argv[1:])
+    print("code", main(sys.argv[1:]))
 except SystemExit as stop:
     print("code", stop.code)
 print("heavy", sorted({"torch", "transformers", "lm_eval", "numpy"} & set(sys.modules)))
@@ -27,6 +27,18 @@ print("heavy", sorted({"torch", "transformers", "lm_eval", "numpy"} & set(sys.mo
         (["eval", "a", "--tasks", ","], 2),
         (["nonsense"], 2),
         ([], 2),
+        (["convert", "./no/such/folder", "b"], 2),
+        (["convert", "org/model", "b", "--calibrate", "/no/such/text"], 2),
+        (["heal", "org/model", "b", "--teacher", "./no/such/folder"], 2),
+        (["inspect", "org/model", "--text", "/no/such/text"], 2),
+        (["push", "./no/such/folder", "org/model"], 2),
+        (["export", "./no/such/folder", "b"], 2),
+        (["eval", "org/model"], 2),
+        (["eval", "./no/such/folder", "--tasks", "arc_easy"], 2),
+        (["eval", "org/model", "--tasks", "arc_easy", "--text", "text.txt"], 2),
+        (["eval", "org/model", "--tasks", "arc_easy", "--baseline", "./no/such/folder"], 2),
+        (["eval", "org/model", "--local", "/no/such/folder"], 2),
+        (["eval", "org/model", "--tasks", "arc_easyy"], 2),
     ],
     ids=str,
 )

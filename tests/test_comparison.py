@@ -4,7 +4,7 @@ import math
 
 import pytest
 from finedeep.eval import EvaluationError
-from finedeep.eval.comparison import compare, sentence_of, table_of
+from finedeep.eval.comparison import compare, notes_of, sentence_of, table_of
 
 
 def results_of(tasks, groups=None):
@@ -129,3 +129,44 @@ def test_the_table_has_a_row_for_each_metric():
     lines = table_of(compare(both, both)).splitlines()
     assert len(lines) == 4
     assert len({line.count("|") for line in lines}) == 1
+
+
+@pytest.mark.parametrize("finite", [-40.0, -1e5], ids=["minus infinity in both", "a perplexity that overflows"])
+def test_an_answer_without_a_chance_decides_nothing(finite):
+    """Both models' perplexities are infinite: their difference is no number, and no verdict either."""
+    impossible = -math.inf if finite == -40.0 else -1e6
+    before = [(impossible, 10), *[(finite - i, 10) for i in range(11)]]
+    after = [(impossible, 10), *[(finite - 2 * i, 10) for i in range(11)]]
+    one, two = (results_of({"t": {"word_perplexity": [(-1.0, 1)] * 12}}) for _ in range(2))
+    for results, values in ((one, before), (two, after)):
+        results["results"]["t"]["word_perplexity,none"] = math.inf
+        for sample, value in zip(results["samples"]["t"], values, strict=True):
+            sample["word_perplexity"] = value
+    (row,) = compare(one, two)
+    assert (row.verdict, row.difference) == ("not compared", None)
+    assert "word_perplexity of the baseline and the model is infinite" in sentence_of(row)
+
+
+def test_equal_models_are_identical_and_not_undecided():
+    both = results_of({"t": {"acc": [0, 1] * 20}})
+    (row,) = compare(both, both)
+    assert sentence_of(row) == "t: identical (acc 0.5000, identical on all 40 questions)"
+
+
+def test_an_interval_that_the_verdict_does_not_go_by_says_so():
+    """Ten tasks of no difference beside one whose own interval leaves out 0: Holm's p is 0.3."""
+    tasks = {f"t{i}": {"acc": [0, 1] * 20} for i in range(10)}
+    better = dict(tasks, t0={"acc": [1, 1] * 6 + [0, 1] * 14})
+    row = compare(results_of(tasks), results_of(better))[0]
+    assert row.difference.low > 0
+    assert row.verdict == "not distinguishable at this size"
+    assert "interval +0.0500 to +0.2750 (of this task by itself; the verdict goes by p)" in sentence_of(row)
+    alone = compare(results_of({"t0": tasks["t0"]}), results_of({"t0": better["t0"]}))
+    assert "by itself" not in sentence_of(alone[0])
+
+
+def test_few_samples_are_named():
+    few, many = {"acc": [0, 1, 1, 0, 1, 1]}, {"acc": [0, 1] * 20}
+    notes = notes_of(compare(results_of({"few": few, "many": many}), results_of({"few": few, "many": many})))
+    assert "Holm's correction over 2 tasks" in notes[0]
+    assert notes[1].startswith("Fewer than 30 samples (few: 6): ")

@@ -9,11 +9,12 @@ import shutil
 import struct
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from conftest import TINY, make_dense
-from finedeep.convert import ConversionError, convert_checkpoint
+from finedeep.convert import ConversionError, convert_checkpoint, export_checkpoint, plan
 from finedeep.convert.checkpoint import plan_conversion
 from finedeep.convert.neurons import PADDING, deal
 from hub_server import running_hub
@@ -77,6 +78,29 @@ def test_one_sublayer_gives_the_dense_logits(tmp_path, variant, routing_function
     assert_same_logits(dense, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_experts_per_sublayer": 50}, r"56 of padding \(127%\); K=22 is the nearest without"),
+        ({"num_experts_per_sublayer": 50, "mode": "grow"}, r"6 of padding \(14%\); K=44 is the nearest without"),
+        ({"num_expert_sublayers": 3}, r"4 of padding \(9%\); no K goes without, with M=3"),
+        ({"num_experts_per_sublayer": 8}, None),  # four of 48
+    ],
+    ids=str,
+)
+def test_much_padding_is_told_with_a_k_that_needs_none(tmp_path, dense, options, words, monkeypatch):
+    if words and "no K" in words:
+        monkeypatch.setattr(plan, "MUCH_PADDING", 0.05)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        convert_checkpoint(dense, tmp_path / "out", progress=False, **options)
+    found = [str(warning.message) for warning in told if "padding" in str(warning.message)]
+    assert len(found) == (words is not None)
+    if words:
+        assert re.search(words, found[0])
+        assert found[0] in plan_conversion(dense, **options).text()
+
+
 def test_sharded_input_gives_the_same_bytes(tmp_path, dense):
     sharded = make_dense(tmp_path / "sharded", shard_size="20KB")
     assert len(list(sharded.glob("*.safetensors"))) > 3
@@ -137,6 +161,25 @@ def test_dtype_is_kept(tmp_path, dtype):
     convert_checkpoint(dense, tmp_path / "out", num_expert_sublayers=1, progress=False)
     assert {t.dtype for t in load_file(tmp_path / "out/model.safetensors").values()} == {dtype}
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == dtype
+
+
+@pytest.mark.parametrize(("stored", "named"), [(torch.float32, "bfloat16"), (torch.bfloat16, "float32")], ids=str)
+def test_config_and_file_of_two_dtypes_load_alike(tmp_path, stored, named):
+    """transformers 5 loads in the configuration's, and rounds what the file has. There and back it stays so."""
+    dense = make_dense(tmp_path / "dense", dtype=stored)
+    edit_config(dtype=named)(dense)
+    convert_checkpoint(dense, tmp_path / "there", num_expert_sublayers=1, num_experts_per_sublayer=4, progress=False)
+    export_checkpoint(tmp_path / "there", tmp_path / "back", progress=False)
+    folders = [dense, tmp_path / "there", tmp_path / "back"]
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval() for folder in folders]
+    assert {model.dtype for model in models} == {getattr(torch, named)}
+    for folder in folders:
+        assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {stored}
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        expected, *others = (model(ids).logits.float() for model in models)
+    for logits in others:
+        torch.testing.assert_close(logits, expected, rtol=0, atol=0.2 if named == "bfloat16" else 1e-4)
 
 
 def test_companions_come_along(dense, converted):
@@ -230,6 +273,7 @@ def test_recomputed_and_redundant_tensors_are_allowed(tmp_path):
 
 BOTH = """
 import sys
+import warnings
 from finedeep_cli import main
 print([main(["convert", name, sys.argv[1], "--sublayers", "1", "--quiet"]) for name in ("org/gemma", "org/dense")])
 """

@@ -14,7 +14,7 @@ from finedeep.convert.families import FAMILIES
 from finedeep.convert.receipt import NEURONS, RECEIPT
 from finedeep_cli import main
 from hub_server import running_hub
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_families import CASES, make_family
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -78,6 +78,38 @@ def test_without_a_receipt_a_llama_of_the_same_function(tmp_path, dense):
     assert_same_function(tmp_path / "back", dense)
 
 
+def change_padding(folder, *names):
+    """As an adapter does that is merged into the folder: of the four padding neurons of a layer, all get weights."""
+    found = tensors(folder)
+    for i in range(2):
+        silent = ~found[f"model.layers.{i}.sublayers.0.down_proj.weight"].any(0)
+        assert silent.sum() == 4
+        for name in names:
+            weight = found[f"model.layers.{i}.sublayers.0.{name}.weight"]
+            weight = weight.T if name == "down_proj" else weight
+            weight[silent] = torch.randn(4, 32, generator=torch.Generator().manual_seed(i))
+    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("changed", "width"), [(["gate_proj", "up_proj"], 44), (["down_proj"], 48), (["up_proj", "down_proj"], 48)], ids=str
+)
+@pytest.mark.parametrize("assignment", ["contiguous", "clusters"])
+@pytest.mark.filterwarnings("ignore:.*padding neurons have learnt")
+def test_padding_that_has_learnt_something_stays(tmp_path, dense, assignment, changed, width):
+    options = {"num_expert_sublayers": 1, "num_experts_per_sublayer": 8, "assignment": assignment, "progress": False}
+    convert_checkpoint(dense, tmp_path / "there", **options)
+    change_padding(tmp_path / "there", *changed)
+    export_checkpoint(tmp_path / "there", tmp_path / "back", progress=False)
+    ids = torch.arange(40)[None]
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name).eval() for name in ("there", "back")]
+    assert models[1].config.intermediate_size == width
+    with torch.no_grad():
+        torch.testing.assert_close(models[1](ids).logits, models[0](ids).logits, rtol=0, atol=1e-4)
+    gates = (tensors(folder)["model.layers.1.mlp.gate_proj.weight"][:44] for folder in (tmp_path / "back", dense))
+    assert torch.equal(*gates)  # where they were
+
+
 def test_a_hub_id_comes_with_its_receipt(tmp_path, dense):
     """Over real HTTP: without the receipt the neurons would not be where they were."""
     convert_checkpoint(dense, tmp_path / "there", num_expert_sublayers=1, assignment="random", progress=False)
@@ -115,7 +147,7 @@ def longer(folder):
     ("change", "words"),
     [
         (resized, "has vocab_size=270, and what the dense model of its finedeep_conversion.json was made into has 260"),
-        (without_its_head, "lacks .*model.embed_tokens.weight"),
+        (without_its_head, r"without the prefix 'model\.'.*saved from the base model"),
         (as_a_classifier, "holds score.weight"),
         (longer, r"has rope_\w+=.*20000.0.*Put it back, or remove finedeep_conversion.json"),
     ],

@@ -21,9 +21,16 @@ from finedeep.modeling_finedeep import FinedeepDecoderLayer
 from finedeep_cli import heal_command, main
 from finedeep_files.working_folder import Contents, WorkingFolder
 from hub_server import commit_id, running_hub
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_convert import fingerprint
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 TESTS = Path(__file__).parent
 QUICK = {"tokens": 4096, "context": 32, "steps": 12, "batch_size": 4, "progress": False}
@@ -188,10 +195,13 @@ def test_without_a_teacher_the_next_token_is_learnt(tmp_path, cut):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
 def test_the_dtype_is_kept(tmp_path, dense, dtype):
+    """The stored one as the file's, and config.json's, which may be another, as the configuration's."""
     convert_checkpoint(dense, tmp_path / "cut", num_experts_per_sublayer=4, dtype="bfloat16", progress=False)
+    path = tmp_path / "cut/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": "float32"}))
     heal(tmp_path / "cut", tmp_path / "out", teacher=str(dense), **{**QUICK, "steps": 2})
     assert {tensor.dtype for tensor in load_file(tmp_path / "out/model.safetensors").values()} == {dtype}
-    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "float32"
 
 
 class Stop(TrainerCallback):
@@ -427,6 +437,15 @@ def test_a_texts_windows_are_its_own(tmp_path, dense):
         ({"teacher": "/no/such/teacher"}, "the teacher /no/such/teacher cannot be loaded"),
         ({"teacher": "dense", "data": "/no/such/text"}, "neither a text file nor a dataset that can be read"),
         ({"teacher": "dense", "steps": 0}, "steps=0 is not a whole number"),
+        ({"teacher": "dense", "context": 1}, "context=1 is not a whole number of at least 2"),
+        ({"teacher": "dense", "seed": 2**32}, f"seed={2**32} is not a whole number from 0 to {2**32 - 1}"),
+        ({"teacher": "dense", "seed": 1.5}, r"seed=1\.5 is not a whole number"),
+        ({"teacher": "dense", "training": {"learning_rate": 1.0}}, r"learning_rate: use .* --learning-rate "),
+        ({"teacher": "dense", "training": {"max_steps": 1}}, r"max_steps: use .* --steps \(steps=\)"),
+        ({"teacher": "dense", "training": {"num_train_epochs": 1}}, r"num_train_epochs: use .* --steps "),
+        ({"teacher": "dense", "training": {"per_device_train_batch_size": 1}}, "use .* --batch-size "),
+        ({"teacher": "dense", "training": {"seed": 1}}, "seed: use healing's own option for it, --seed "),
+        ({"teacher": "dense", "training": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor would have no eff"),
         ({"teacher": "dense", "training": {"learning_rat": 1.0}}, "learning_rat: no field of transformers' Training"),
         ({"teacher": "dense", "training": {"lr_scheduler_type": "up"}}, "TrainingArguments: "),
         ({"teacher": "dense", "data": "short"}, "gives 1 windows of 32 tokens; 2 are wanted"),
@@ -468,6 +487,41 @@ def test_only_a_finedeep_model_is_healed(tmp_path, dense):
         heal(dense, tmp_path / "out", teacher=str(dense), **QUICK)
     with pytest.raises(ConversionError, match="does not exist"):
         heal(Path("/no/such/model"), tmp_path / "out", teacher=str(dense), **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("num_expert_sublayers", 0, "config.json is no Finedeep configuration that works: num_expert_sublayers=0"),
+        ("hidden_size", "wide", "config.json is no Finedeep configuration that works"),
+        ("max_position_embeddings", 1, "max_position_embeddings=1; at least 2 are needed"),
+    ],
+)
+def test_a_broken_configuration(tmp_path, dense, cut, field, value, words):
+    model = shutil.copytree(cut, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text()) | {field: value}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConversionError, match=words):
+        heal(model, tmp_path / "out", teacher=str(dense), **QUICK)
+
+
+def test_weights_that_lack_a_tensor_are_not_made_up(tmp_path, dense, cut):
+    model = shutil.copytree(cut, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConversionError, match=r"has tensors that are missing: model\.norm\.weight"):
+        heal(model, tmp_path / "out", teacher=str(dense), **QUICK)
+
+
+def test_a_teacher_of_another_family(tmp_path, cut):
+    """GPT-2, whose configuration has other names."""
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+    GPT2LMHeadModel(GPT2Config(vocab_size=260, **sizes, bos_token_id=256, eos_token_id=257)).save_pretrained(
+        tmp_path / "teacher"
+    )
+    done = heal(cut, tmp_path / "out", teacher=str(tmp_path / "teacher"), **{**QUICK, "steps": 1})
+    assert set(done.after) == {"next_token", "divergence"}
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import torch
 import yaml
 from conftest import byte_tokenizer
 from finedeep.eval import EvaluationError, evaluate
+from finedeep.eval.comparison import compare
 from finedeep.eval.local_tasks import GROUP, PASSAGE, read_passages, read_questions, write_local_tasks
 from finedeep.eval.scores import scores_of
 from finedeep_cli import main
@@ -205,3 +206,25 @@ def test_a_text_like_a_list_is_a_text(tmp_path, dense):
     names = write_local_tasks(tmp_path, tmp_path / "tasks", byte_tokenizer())
     results = evaluate(dense, names, include_path=tmp_path / "tasks")
     assert results["samples"]["local_texts"][0]["target"] == "[1, 2, 3]"
+
+
+@pytest.mark.parametrize("text", ["从前有一个小女孩她住在森林里。", "むかしむかしあるところに、", "กาลครั้งหนึ่งนานมาแล้ว"])
+def test_a_text_without_spaces(tmp_path, dense, text):
+    """Bits per byte by the model's own logits; a perplexity by words would be too large for a number."""
+    write(tmp_path / "story.txt", text * 100)
+    names = write_local_tasks(tmp_path, tmp_path / "tasks", byte_tokenizer())
+    results = evaluate(dense, names, include_path=tmp_path / "tasks", limit=1)
+    assert 0 < scores_of(results)["local_story", "bits_per_byte", "none"].value < 100
+    (row,) = [row for row in compare(results, results) if row.main]
+    assert row.place.metric == "bits_per_byte"
+
+
+def test_a_perplexity_too_large_for_a_number(tmp_path, dense):
+    """Of a task of the harness's own kind, which counts words."""
+    write(tmp_path / "story.txt", "从前有一个小女孩她住在森林里。" * 100)
+    names = write_local_tasks(tmp_path, tmp_path / "tasks", byte_tokenizer())
+    path = tmp_path / "tasks/local_story.yaml"
+    definition = yaml.safe_load(path.read_text()) | {"metric_list": [{"metric": "word_perplexity"}]}
+    path.write_text(yaml.safe_dump(definition))
+    with pytest.raises(EvaluationError, match="has a perplexity on local_story that is too large for a number"):
+        evaluate(dense, names, include_path=tmp_path / "tasks", limit=1)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import TINY, random_model
+from finedeep.convert import convert_checkpoint
 from transformers import AutoModelForCausalLM
 
 peft = pytest.importorskip("peft")
@@ -51,6 +52,23 @@ def test_every_adapter_asked_for_is_there_and_trains(batches, name):
         model(input_ids=ids, labels=ids).loss.backward()
         assert all(parameter.grad.abs().max() > 0 for parameter in adapters.values())
     assert all(p.grad is None for name, p in model.named_parameters() if "lora_" not in name)
+
+
+@pytest.mark.parametrize("M", [1, 2])
+def test_dora_trains_where_experts_are_filled_up(tmp_path, dense, batches, M):
+    """44 neurons in experts of 48: rows of zeros have no direction, and DoRA divided by their norm."""
+    convert_checkpoint(dense, tmp_path / "out", num_expert_sublayers=M, num_experts_per_sublayer=8, progress=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=SEVEN, use_dora=True)).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(3):
+        loss = model(input_ids=batches[1], labels=batches[1]).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > losses[1] > losses[2]
 
 
 @pytest.mark.parametrize("name", REQUESTS)

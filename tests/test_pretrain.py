@@ -179,3 +179,24 @@ def test_a_change_of_no_field_is_refused(recipe, change):
 def test_a_parameter_that_is_not_there_is_named(tmp_path, recipe):
     with pytest.raises(SystemExit, match="LlamaForCausalLM has no parameter whose name ends with 'router'"):
         pretrain(with_fields(recipe, "model=llama", "freeze=[router]"), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("data.train=null", "names no text as data.train: --set data.train=FILE"),
+        ("data.validation=null", "names no text as data.validation"),
+        ("data.validation={author: null}", r"names no text as data\.validation\.author"),
+        ("data.train=/no/such/text.txt", "Unable to find /no/such/text.txt"),
+        ("data.validation={a: /no/such/text.txt}", "Unable to find /no/such/text.txt"),
+    ],
+)
+def test_texts_that_are_not_there(tmp_path, recipe, change, said):
+    with pytest.raises(SystemExit, match=said):
+        pretrain(with_fields(recipe, change), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_secret_is_logged(tmp_path, recipe):
+    pretrain(with_fields(recipe, "training.hub_token=hf_abc", "training.max_steps=1"), tmp_path / "out")
+    assert lines_of(tmp_path / "out")[0]["recipe"]["training"]["hub_token"] == "***"

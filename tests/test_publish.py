@@ -22,6 +22,8 @@ def finedeep_folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("publish")
     make_dense(place / "dense")
     (place / "dense/README.md").write_text("---\nlicense: other\nlicense_name: kind\n---\nA card.\n")
+    (place / "dense/additional_chat_templates").mkdir()
+    (place / "dense/additional_chat_templates/tool_use.jinja").write_text("{{ tools }}")
     convert_checkpoint(place / "dense", place / "out", max_shard_size="60KB", progress=False)
     return place / "out"
 
@@ -55,6 +57,7 @@ def test_push_and_load_at_the_revision_that_the_card_names(tmp_path, finedeep_fo
     assert hub.private["org/model"]
     assert not (tmp_path / "cache").exists()  # what was pushed has come back into an empty one
     assert {"finedeep_conversion.json", "modeling_finedeep.py", "tokenizer.json"} <= set(files)
+    assert files["additional_chat_templates/tool_use.jinja"] == b"{{ tools }}"
     assert not any(name.startswith(".") for name in files)
     found = metadata(files["README.md"])
     assert found["library_name"] == "transformers"
@@ -132,20 +135,100 @@ def test_a_hub_that_gives_back_other_weights_is_noticed(finedeep_folder):
         refused(push(finedeep_folder, environment), "gives other logits", "Do not use that revision")
 
 
-def damaged(folder, place):
-    folder = shutil.copytree(folder, place)
-    (folder / "modeling_finedeep.py").write_text("raise RuntimeError('broken')\n")
-    return folder
-
-
-def test_a_folder_that_does_not_load_is_not_pushed(tmp_path, finedeep_folder, monkeypatch):
+@pytest.fixture
+def no_hub(monkeypatch):
     monkeypatch.setattr("finedeep.convert.publish.HfApi", lambda: pytest.fail("the Hub was spoken to"))
-    with pytest.raises(ConversionError, match=r"does not load on its own: .*broken"):
-        push_folder(damaged(finedeep_folder, tmp_path / "out"), "org/model")
+
+
+def test_a_folder_that_does_not_load_is_not_pushed(tmp_path, finedeep_folder, no_hub):
+    folder = shutil.copytree(finedeep_folder, tmp_path / "out")
+    (folder / "modeling_finedeep.py").write_text("raise RuntimeError('broken')\n")
+    with pytest.raises(ConversionError, match=r"out does not load on its own: .*broken"):
+        push_folder(folder, "org/model", trust_remote_code=True)
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("config.json", ["config.json", "missing"]), ("modeling_finedeep.py", ["lacks its code"])]
+    ("name", "words"), [("modeling_finedeep.py", "another than this version's"), ("more.py", "no file of Finedeep's")]
+)
+def test_a_folders_own_code_is_not_run_unasked(tmp_path, finedeep_folder, no_hub, name, words):
+    folder = shutil.copytree(finedeep_folder, tmp_path / "out")
+    with (folder / name).open("a") as file:
+        file.write(f"\nopen({str(tmp_path / 'was_run')!r}, 'w')\n")
+    with pytest.raises(ConversionError, match=rf"{name} is {words}.*--trust-remote-code"):
+        push_folder(folder, "org/model")
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_what_is_run_is_the_packages_code(tmp_path, finedeep_folder, monkeypatch):
+    """Even where a file is changed after it was compared."""
+    folder = shutil.copytree(finedeep_folder, tmp_path / "out")
+    monkeypatch.setattr(
+        "finedeep.convert.publish._check_code",
+        lambda folder: (folder / "modeling_finedeep.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')\n"),
+    )
+    monkeypatch.setattr("finedeep.convert.publish.HfApi", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # so far it has come: the model was loaded
+        push_folder(folder, "org/model", say=False)
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_code_from_another_repository_is_refused(tmp_path, finedeep_folder, no_hub):
+    folder = shutil.copytree(finedeep_folder, tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"]["AutoModelForCausalLM"] = "org/other--modeling_finedeep.FinedeepForCausalLM"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConversionError, match=r"takes code from another repository .*org/other--"):
+        push_folder(folder, "org/model", trust_remote_code=True)
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "README.md", "notes"])
+@pytest.mark.parametrize("exists", [True, False])
+def test_links_out_of_the_folder_are_refused(tmp_path, finedeep_folder, no_hub, name, exists):
+    folder = shutil.copytree(finedeep_folder, tmp_path / "out")
+    if exists:
+        (tmp_path / "private").write_text("private")
+    (folder / name).symlink_to(tmp_path / "private")
+    with pytest.raises(ConversionError, match=rf"{name} is a link out of its folder"):
+        push_folder(folder, "org/model")
+
+
+def test_a_receipt_with_a_secret_is_refused(tmp_path, finedeep_folder, no_hub):
+    """Of a version that wrote such down."""
+    folder = shutil.copytree(finedeep_folder, tmp_path / "out")
+    (folder / "finedeep_healing.json").write_text('{"options": {"training": {"hub_token": "hf_abc"}}}')
+    with pytest.raises(ConversionError, match=r"finedeep_healing\.json holds what looks like a password"):
+        push_folder(folder, "org/model")
+
+
+@pytest.mark.parametrize("lacking", ["parameters", "source"])
+def test_a_card_that_cannot_be_made_is_noticed_before_anything_is_sent(tmp_path, finedeep_folder, no_hub, lacking):
+    folder = shutil.copytree(finedeep_folder, tmp_path / "out")
+    receipt = json.loads((folder / "finedeep_conversion.json").read_text())
+    del receipt[lacking]
+    (folder / "finedeep_conversion.json").write_text(json.dumps(receipt))
+    with pytest.raises(ConversionError, match=rf"finedeep_conversion\.json has {lacking}=None, of which"):
+        push_folder(folder, "org/model")
+
+
+def test_private_to_a_public_repository_is_refused(finedeep_folder):
+    with running_hub() as (hub, environment):
+        hub.repositories["org/model"] = [{}]
+        refused(push(finedeep_folder, environment, "--private"), "org/model exists and is public", "nothing was")
+        assert hub.repositories["org/model"] == [{}]
+        assert not [path for method, path in hub.requests if method == "PUT" or "/commit/" in path]
+
+
+def test_a_card_that_the_hub_refuses_is_refused_before_anything_is_sent(tmp_path, finedeep_folder):
+    folder = shutil.copytree(finedeep_folder, tmp_path / "out")
+    (folder / "README.md").write_text("---\nlicense_name: kind\n---\nMy card.\n")
+    with running_hub() as (hub, environment):
+        refused(push(folder, environment), "the Hub refused the model card", "license is missing")
+        assert not [path for method, path in hub.requests if method == "PUT" or "/commit/" in path]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("config.json", ["holds no config.json", "a Finedeep model"]), ("modeling_finedeep.py", ["lacks its code"])],
 )
 def test_an_incomplete_folder_is_not_pushed(tmp_path, capsys, finedeep_folder, name, words):
     folder = shutil.copytree(finedeep_folder, tmp_path / "out")
@@ -186,8 +269,7 @@ def test_the_card_says_how_experts_are_weighted(routing, words):
     assert re.search(words, make_card("me/model", "1" * 40, config | routing, None, []).text)
 
 
-def test_scores_are_not_left_out_of_a_card_of_ones_own(tmp_path, finedeep_folder, monkeypatch):
-    monkeypatch.setattr("finedeep.convert.publish.HfApi", lambda: pytest.fail("the Hub was spoken to"))
+def test_scores_are_not_left_out_of_a_card_of_ones_own(tmp_path, finedeep_folder, no_hub):
     folder = shutil.copytree(finedeep_folder, tmp_path / "out")
     (folder / "README.md").write_text("My card.")
     with pytest.raises(ConversionError, match=r"is the card as it is, and .* would not be in it"):

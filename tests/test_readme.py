@@ -111,7 +111,14 @@ def test_adapt_snippet(here):
     pytest.importorskip("peft")
     code = snippet("Train and adapt", "python")
     names = run_isolated(
-        f"import os; os.chdir({str(here)!r})\n{code}\nanswer = [n for n, _ in model.named_parameters() if 'lora_' in n]"
+        f"""
+import os; os.chdir({str(here)!r})
+{code}
+from peft import AutoPeftModelForCausalLM
+model.save_pretrained("./adapter")
+model = AutoPeftModelForCausalLM.from_pretrained("./adapter", trust_remote_code=True)
+answer = [name for name, _ in model.named_parameters() if "lora_" in name]
+"""
     )
     assert any("down_proj" in name for name in names)
 

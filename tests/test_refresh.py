@@ -221,11 +221,13 @@ def test_commands_say_when_a_folders_code_is_older(old, tmp_path, capsys, monkey
     assert main(["eval", str(old), "--tasks", "arc_easy", "--quiet"]) == 0
     assert line in capsys.readouterr().err
 
-    def stop(*_):
+    def stop(*_, **__):
         raise ConversionError("stopped here")
 
     monkeypatch.setattr("finedeep.convert.publish.standalone_logits", stop)
     assert main(["push", str(old), "org/model"]) == 2
+    assert f"replace it: `finedeep refresh {old}`" in capsys.readouterr().err
+    assert main(["push", str(old), "org/model", "--trust-remote-code"]) == 2
     error = capsys.readouterr().err
     assert line in error
     assert "stopped here" in error

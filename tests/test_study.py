@@ -62,9 +62,23 @@ def command(*words):
 def test_identical_functions_differ_by_nothing(capsys, dense, converted, questions):
     assert command(converted, "--baseline", dense, "--local", questions, "--quiet") == 0
     printed = capsys.readouterr().out
-    verdicts = re.findall(r"^local_\w+: (.+?) \(.*difference \+0\.0000.* p = 1 after Holm", printed, re.MULTILINE)
-    assert verdicts == ["not distinguishable at this size"] * 2
+    verdicts = re.findall(
+        r"^local_\w+: (identical) \(\w+ \S+, identical on all \d+ questions\)$", printed, re.MULTILINE
+    )
+    assert len(verdicts) == 2
     assert "Contexts begin without BOS, as the tokenizer has it; texts scored as a whole begin with <s>." in printed
+
+
+def test_two_dtypes_are_not_compared_in_silence(tmp_path, capsys, dense, converted, questions):
+    shutil.copytree(converted, tmp_path / "half")
+    path = tmp_path / "half/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": "bfloat16"}))
+    shutil.copytree(questions, tmp_path / "questions", ignore=shutil.ignore_patterns("*.txt"))
+    words = [tmp_path / "half", "--baseline", dense, "--local", tmp_path / "questions", "--limit", 2, "--quiet"]
+    line = "Two dtypes are compared: dense in float32, finedeep in bfloat16. --dtype float32 scores both in one."
+    for options, told in (([], True), (["--dtype", "float32"], False)):
+        assert command(*words, *options) == 0
+        assert (line in capsys.readouterr().out) == told
 
 
 @pytest.fixture(scope="module")
@@ -638,7 +652,7 @@ def test_answers_of_nobody_knows_which_model_are_neither_used_nor_removed(tmp_pa
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--set", "pretrained=x"], "pretrained: no argument to set"),
+        (["--set", "pretrained=x"], "pretrained is no argument of the harness"),
         (["--set", "nothing=1"], "cannot be loaded as a causal language model"),
         (["--resume"], "--output"),
     ],
