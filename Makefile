@@ -69,7 +69,7 @@ gpu-grid:
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mlinter --no-progress --no-cache configuration_finedeep.py modeling_finedeep.py operators_finedeep.py kernels_finedeep.py
+	$(BIN)/mlinter --no-progress --no-cache configuration_finedeep.py modeling_finedeep.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

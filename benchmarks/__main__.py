@@ -57,6 +57,7 @@ def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
         )
 
 
+README_MARKS = {"cpu": "speed", "cuda": "speed-gpu"}
 QUICK_SHAPE = quick.GPU.shape
 GROUPS = ("prefill", "decode", "train", "memory", "start", "growth")
 
@@ -82,8 +83,8 @@ def main() -> None:
     for file in results.render(arguments.output):
         print(file)
     if arguments.readme:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        put_into_readme("speed", results.targets_table(content), arguments.readme)
+        for kind, content in results.load(arguments.output).items():
+            put_into_readme(README_MARKS[kind], results.targets_table(content), arguments.readme)
         print(arguments.readme)
 
 
@@ -215,7 +216,8 @@ def arguments_of() -> argparse.Namespace:
     if not arguments.quick and importlib.util.find_spec("matplotlib") is None:
         parser.error("the plots need matplotlib: pip install 'finedeep[plots]'")
     if arguments.readme:
-        check_marks("speed", arguments.readme)
+        for mark in README_MARKS.values():
+            check_marks(mark, arguments.readme)
     return arguments
 
 
