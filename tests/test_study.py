@@ -167,22 +167,22 @@ def test_the_card_takes_figures_and_comparison(done):
 
 
 @pytest.mark.parametrize("begins", [(), ("<s>",)])
-def test_perplexity_is_that_of_transformers_loss(dense, tmp_path, begins):
-    """exp of the loss on the same window, which begins with BOS, and with another if the tokenizer adds one."""
+def test_bits_per_byte_are_those_of_transformers_loss(dense, tmp_path, begins):
+    """The loss on the same window, which begins with BOS, and with another if the tokenizer adds one."""
     model = with_tokens_around(dense, tmp_path / "model", *begins, "A")
     text = "It was a dark and stormy night, and so on. " * 2
     (tmp_path / "t.jsonl").write_text(json.dumps({"text": text}) + "\n")
     from finedeep.eval.local_tasks import write_task
 
     write_task(tmp_path, "t", "text", tmp_path / "t.jsonl")
-    score = scores_of(evaluate(model, ["t"], include_path=tmp_path, device="cpu"))["t", "word_perplexity", "none"]
+    score = scores_of(evaluate(model, ["t"], include_path=tmp_path, device="cpu"))["t", "bits_per_byte", "none"]
     tokenizer, model = AutoTokenizer.from_pretrained(model), LlamaForCausalLM.from_pretrained(model).eval()
     ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]])
     assert ids.shape[1] == 1 + len(begins) + len(text) <= 128
     with torch.no_grad():
         loss = model(ids, labels=ids).loss.item()
-    words = len(re.split(r"\s+", text))
-    assert math.log(score.value) == pytest.approx(loss * (ids.shape[1] - 1) / words, rel=1e-5)
+    nats = score.value * math.log(2) * len(text.encode())
+    assert nats == pytest.approx(loss * (ids.shape[1] - 1), rel=1e-5)
 
 
 def slow_model(folder):
