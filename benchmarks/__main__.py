@@ -216,8 +216,8 @@ def arguments_of() -> argparse.Namespace:
     if not arguments.quick and importlib.util.find_spec("matplotlib") is None:
         parser.error("the plots need matplotlib: pip install 'finedeep[plots]'")
     if arguments.readme:
-        for mark in README_MARKS.values():
-            check_marks(mark, arguments.readme)
+        for kind in results.load(arguments.output).keys() | {arguments.device}:
+            check_marks(README_MARKS[kind], arguments.readme)
     return arguments
 
 

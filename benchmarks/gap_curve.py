@@ -48,12 +48,14 @@ def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
             for rung, marker in MARKERS.items():
                 found = [line for line in lines if line["rung"] == rung]
                 colours = [without if "--hidden-states 0" in line["command"] else other for line in found]
-                axes.scatter([x(line) for line in found], [100 * left_of(line) for line in found], 22, colours, marker)
-                axes.scatter([], [], 22, other, marker, label=rung)
+                axes.scatter(
+                    [x(line) for line in found], [100 * left_of(line) for line in found], 22, colours, marker=marker
+                )
+                axes.scatter([], [], 22, other, marker=marker, label=rung)
             axes.set(xscale="log", yscale="log", xlabel=label)
             axes.set_yticks([2, 5, 10, 20, 50], ["2", "5", "10", "20", "50"], minor=False)
             axes.minorticks_off()
         panels[0].set_ylabel("% of the gap left")
-        panels[1].scatter([], [], 22, without, "s", label="without hidden states")
+        panels[1].scatter([], [], 22, without, marker="s", label="without hidden states")
         panels[1].legend(frameon=False, fontsize=8)
         figure.savefig(path, metadata={"Date": None})

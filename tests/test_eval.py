@@ -98,7 +98,7 @@ def test_table_of_known_scores():
 
 def test_a_missing_model(capsys, tmp_path, tasks):
     assert main(["eval", str(tmp_path / "nothing"), "--tasks", "demo_text", "--include-path", str(tasks[0])]) == 2
-    assert re.fullmatch(r"finedeep: error: \S+/nothing has no tokenizer [^\n]+\n", capsys.readouterr().err)
+    assert re.fullmatch(r"finedeep: error: \S+/nothing does not exist; [^\n]+\n", capsys.readouterr().err)
 
 
 def test_without_the_harness_the_message_says_how_to_get_it(monkeypatch):
