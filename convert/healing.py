@@ -41,7 +41,7 @@ from .progress import in_words, say, seconds_for
 from .receipt import NEURONS, RECEIPT, read_receipt, versions, without_place, write_json
 from .shards import save_whole
 from .source import COMPANIONS, INDEX, WEIGHTS, DenseCheckpoint, check_finedeep, copy_companion, open_checkpoint
-from .training_checkpoints import train_to_the_end
+from .training_checkpoints import ArgumentsWithoutSecrets, train_to_the_end
 
 HEALING = "finedeep_healing.json"
 HIDDEN_STATES = 10.0  # measured: convert/README.md
@@ -140,13 +140,6 @@ class Healed:
     tokens_seen: int
     before: Mapping[str, float]
     after: Mapping[str, float]
-
-
-class HealingArguments(TrainingArguments):
-    """`TrainingArguments` that leave secrets out of the checkpoints, into which `Trainer` pickles them."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: None if isinstance(v, str) and masked(v, k) != v else v for k, v in vars(self).items()}
 
 
 class HealingTrainer(Trainer):
@@ -460,7 +453,7 @@ def _training_arguments(o: HealingOptions, work: Path, progress: bool) -> Traini
         "output_dir": str(work),
     }
     try:
-        return HealingArguments(**fields)
+        return ArgumentsWithoutSecrets(**fields)
     except ImportError as error:
         raise ConversionError("healing wants accelerate, for transformers' Trainer: pip install accelerate.") from error
     except (TypeError, ValueError) as error:

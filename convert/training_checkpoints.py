@@ -6,6 +6,15 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from .masking import masked
+
+
+class ArgumentsWithoutSecrets(TrainingArguments):
+    """`TrainingArguments` that leave secrets out of the checkpoints, into which `Trainer` pickles them."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: None if isinstance(v, str) and masked(v, k) != v else v for k, v in vars(self).items()}
+
 
 def train_to_the_end(trainer: Trainer, folder: Path) -> None:
     """Train from the last whole checkpoint in a folder, or from the start where there is none.

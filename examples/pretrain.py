@@ -19,7 +19,7 @@ from typing import Any
 
 import from_checkout  # noqa: F401
 import torch
-from finedeep.convert.training_checkpoints import train_to_the_end
+from finedeep.convert.training_checkpoints import ArgumentsWithoutSecrets, train_to_the_end
 from fresh_model import model_of
 from optimisation import groups_of
 from packed import texts_to_train_and_measure_on
@@ -51,7 +51,7 @@ def pretrain(recipe: Recipe, out: Path) -> None:
         print(f"{out / 'model'} is finished: there is nothing left to train. Remove {out} to train anew.")
         return
     gpu = torch.accelerator.is_available()
-    arguments = TrainingArguments(
+    arguments = ArgumentsWithoutSecrets(
         output_dir=str(out),
         eval_strategy="steps",
         report_to="none",

@@ -200,3 +200,6 @@ def test_texts_that_are_not_there(tmp_path, recipe, change, said):
 def test_no_secret_is_logged(tmp_path, recipe):
     pretrain(with_fields(recipe, "training.hub_token=hf_abc", "training.max_steps=1"), tmp_path / "out")
     assert lines_of(tmp_path / "out")[0]["recipe"]["training"]["hub_token"] == "***"
+    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert any(file.name == "training_args.bin" for file in files)  # into which Trainer pickles its arguments
+    assert not any(b"hf_abc" in file.read_bytes() for file in files)
