@@ -57,8 +57,7 @@ def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
         )
 
 
-README_MARKS = {"cpu": "speed", "cuda": "speed-gpu"}
-QUICK_SHAPE = quick.GPU.shape
+README_MARKS = {"cpu": "speed", "cpu-quick": "speed-quick", "cuda": "speed-gpu"}
 GROUPS = ("prefill", "decode", "train", "memory", "start", "growth")
 
 
@@ -74,7 +73,7 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
         os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
-    path = results.saved(arguments.output, arguments.device)
+    path = results.saved(arguments.output, kind_of(arguments))
     path.parent.mkdir(parents=True, exist_ok=True)
     if not arguments.render:
         measure_all(arguments, path)
@@ -112,6 +111,11 @@ def measure_all(arguments: argparse.Namespace, path: Path) -> None:
                 tqdm.write(f"{group} {case}: left out, it does not fit: {str(error).splitlines()[0]}")
                 timing.let_go(arguments.device)
             save(path, header | {"rows": rows})
+
+
+def kind_of(arguments: argparse.Namespace) -> str:
+    """Under which name the results stand: on a GPU the cases in short are all that there are so far."""
+    return "cpu-quick" if arguments.quick and arguments.device == "cpu" else arguments.device
 
 
 def summary(row: dict[str, Any]) -> dict[str, Any]:
@@ -171,10 +175,11 @@ def described(arguments: argparse.Namespace) -> dict[str, Any]:
     options = f" --device {device} --seconds {arguments.seconds:g}"
     options += f" --threads {arguments.threads}" if arguments.threads else ""
     options += f" --quick --deadline {arguments.deadline:g}" if arguments.quick else ""
+    shapes = (quick.SHAPE[device],) if arguments.quick else SHAPES
     return {
         "command": "python -m finedeep.benchmarks" + options,
         "machine": {
-            "kind": device,
+            "kind": kind_of(arguments),
             "device": processor() if device == "cpu" else torch.cuda.get_device_name(),
             "threads": torch.get_num_threads(),
         },
@@ -184,7 +189,9 @@ def described(arguments: argparse.Namespace) -> dict[str, Any]:
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        "parameters": {name: parameters_of(name, 2, 8) for name in ((QUICK_SHAPE,) if arguments.quick else SHAPES)},
+        "parameters": {
+            name: parameters_of(name, 2, 8) for name in ((quick.SHAPE[device],) if arguments.quick else SHAPES)
+        },
         "difference": {dtype: largest_difference(SHAPES["31M"], 2, 8, dtype, device) for dtype in DTYPES},
     }
 
@@ -204,19 +211,17 @@ def arguments_of() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of the CPU; default: what torch takes")
     parser.add_argument("--output", type=Path, default=Path("finedeep-benchmarks"), help="default: %(default)s")
     parser.add_argument("--resume", action="store_true", help="measure only what OUTPUT does not hold yet")
-    parser.add_argument("--quick", action="store_true", help="on a GPU: the cases that say most; nothing is rendered")
+    parser.add_argument("--quick", action="store_true", help="only the cases that say most; nothing is rendered")
     parser.add_argument("--deadline", type=float, default=480, help="of --quick, in seconds; default: %(default)s")
     parser.add_argument("--render", action="store_true", help="measure nothing")
     parser.add_argument("--readme", type=Path, help="a file to put the table of targets into, between its speed marks")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and here == "cpu" and not arguments.render:
         parser.error("--device cuda: torch finds no GPU here")
-    if arguments.quick and arguments.device != "cuda":
-        parser.error("--quick is of cases for a GPU: --device cuda")
     if not arguments.quick and importlib.util.find_spec("matplotlib") is None:
         parser.error("the plots need matplotlib: pip install 'finedeep[plots]'")
     if arguments.readme:
-        for kind in results.load(arguments.output).keys() | {arguments.device}:
+        for kind in results.load(arguments.output).keys() | {kind_of(arguments)}:
             check_marks(README_MARKS[kind], arguments.readme)
     return arguments
 

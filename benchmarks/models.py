@@ -29,6 +29,7 @@ class Shape:
 # Named for the parameters of the dense model; the last one has the sizes of Llama 3.2 1B (meta-llama, its config.json).
 SHAPES = {
     "11M": Shape(256, 8, 1024, 4, 4, 8192),
+    "28M": Shape(512, 8, 1536, 8, 8, 2048),
     "31M": Shape(512, 8, 1536, 8, 8, 8192),
     "98M": Shape(768, 12, 2048, 12, 12, 16384),
     "325M": Shape(1024, 24, 2816, 16, 16, 16384),
