@@ -189,9 +189,7 @@ def described(arguments: argparse.Namespace) -> dict[str, Any]:
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        "parameters": {
-            name: parameters_of(name, 2, 8) for name in ((quick.SHAPE[device],) if arguments.quick else SHAPES)
-        },
+        "parameters": {name: parameters_of(name, 2, 8) for name in shapes},
         "difference": {dtype: largest_difference(SHAPES["31M"], 2, 8, dtype, device) for dtype in DTYPES},
     }
 

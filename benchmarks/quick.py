@@ -3,8 +3,8 @@
     python examples/from_checkout.py finedeep.benchmarks --device cuda --quick --deadline 480 --output OUT
 
 On a GPU models have the sizes of Llama 3.2 1B, on a CPU 28 million parameters. Dense and every M and K take turns in
-one run. Cases stand in the order of what they say; those that the deadline leaves no time for are named and left out. Needs
-torch, transformers and, on a GPU, Triton, and nothing else.
+one run. Cases stand in the order of what they say; those that the deadline leaves no time for are named and left out.
+Needs torch, transformers and, on a GPU, Triton, and nothing else.
 """
 
 import time
