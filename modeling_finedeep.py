@@ -46,6 +46,7 @@ from .operators_finedeep import (
     combined_by_kernel,
     dot,
     expert_outputs,
+    gains_by_one_pass,
     kept,
     prefers_definition,
     rms_norm,
@@ -59,7 +60,7 @@ class FinedeepRMSNorm(LlamaRMSNorm):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Args: hidden_states (batch, seq, hidden). Returns the same shape."""
-        if torch.compiler.is_compiling() or not isinstance(hidden_states, torch.Tensor):  # an engine's fx.Proxy
+        if not gains_by_one_pass(hidden_states):
             return super().forward(hidden_states=hidden_states)
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 

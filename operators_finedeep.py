@@ -68,6 +68,16 @@ def run(plain: Callable[..., Any], kernel: Kernel | None, *inputs: torch.Tensor 
     return Recomputed.apply(plain, kernel, *inputs)
 
 
+def gains_by_one_pass(x: torch.Tensor) -> bool:
+    """Whether a norm is to be fused or to keep less: on a CPU, without a gradient, Llama's operators cost less.
+
+    Nor is it where `x` is not a tensor but an engine's `fx.Proxy`.
+    """
+    if torch.compiler.is_compiling() or not isinstance(x, torch.Tensor):
+        return False
+    return torch.is_grad_enabled() or x.is_cuda or FORCED == "triton"
+
+
 def takes_kernel(given: list[torch.Tensor]) -> bool:
     """Whether the Triton kernels are to take these tensors."""
     if FORCED == "plain" or not (given[0].is_cuda or (FORCED == "triton" and INTERPRETED)):
