@@ -330,11 +330,9 @@ REASONS["cuda", "Targets"] = """Measured with the model as of commit `c7a6254`. 
   each with half the weights to read. Score vectors that are computed once and kept would save part of it; they would
   also go stale when somebody changes a weight.
 - The rows for which the deadline left no time are not in the table."""
-REASONS[
-    "cpu-quick", "Targets"
-] = """Measured at commit `f720242`, while a process of the lowest priority ran beside it: a
-first look. Only memory at M = 1 and M = 2 meets its target. Decoding of one token is held up by the K products with slices
-of W_down, whose rows are short pieces far apart in memory, and by some thirty operators for each sub-layer."""
+REASONS["cpu-quick", "Targets"] = """A first look, at commit `f720242`, beside a process of the lowest priority. Only
+memory at M = 1 and M = 2 meets its target. Decoding of one token is held up by the K products with slices of W_down,
+whose rows are short pieces far apart in memory, and by some thirty operators for each sub-layer."""
 NAMES = {"cuda": "GPU", "cpu-quick": "CPU, in short", "cpu": "CPU, in full (version 0.1.0)"}
 
 
