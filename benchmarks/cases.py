@@ -88,16 +88,22 @@ CASES: dict[str, list[Case]] = {
 
 def run_case(case: Case, seconds: float, device: str) -> dict[str, list[float]]:
     """Build the three models and time them. Returns seconds of one pass, one new token or one step, by contender."""
-    works, models = {}, {}
-    for contender in contenders_of(case):
-        models[contender] = build(contender, SHAPES[case.shape], case.M, case.K, case.dtype, device)
-        works[contender] = WORKS[case.work](case, models[contender], device)
+    names = contenders_of(case)
+    return take_turns(
+        case, {n: build(n, SHAPES[case.shape], case.M, case.K, case.dtype, device) for n in names}, seconds, device
+    )
+
+
+def take_turns(case: Case, models: dict[str, PreTrainedModel], seconds: float, device: str) -> dict[str, list[float]]:
+    """Seconds of one pass, one new token or one step, by model and round. Empties `models`."""
+    works = {name: WORKS[case.work](case, model, device) for name, model in models.items()}
     taken = interleaved(works, seconds, device)
     if case.work == "decode":
         taken = {name: [t / DECODED for t in times] for name, times in taken.items()}
     if case.compiled:
         torch.compiler.reset()
-    del works, models
+    works.clear()
+    models.clear()
     let_go(device)
     return taken
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from .cases import DECODED, WORKS, Case
+from .cases import Case, take_turns
 from .memory import measure, peak_of
 from .models import SHAPES, build
-from .timing import interleaved, let_go
+from .timing import let_go
 
 GPU = Case("prefill", 1, 2048, shape="1.2B", dtype="bfloat16")
 ALL = ((1, 8), (2, 8), (4, 4))
@@ -66,15 +66,7 @@ def turns(case: Case, cuts: tuple[tuple[int, int], ...], seconds: float, device:
     """Seconds of one pass, one new token or one step, of dense and of each cut, in turn."""
     models = {"dense": build("dense", SHAPES[case.shape], 1, 1, case.dtype, device)}
     models |= {f"{M}x{K}": build("finedeep", SHAPES[case.shape], M, K, case.dtype, device) for M, K in cuts}
-    works = {name: WORKS[case.work](case, model, device) for name, model in models.items()}
-    taken = interleaved(works, seconds, device)
-    if case.work == "decode":
-        taken = {name: [t / DECODED for t in times] for name, times in taken.items()}
-    if case.compiled:
-        torch.compiler.reset()
-    del works, models
-    let_go(device)
-    return taken
+    return take_turns(case, models, seconds, device)
 
 
 def peaks(case: Case, device: str) -> dict[str, int]:
