@@ -73,7 +73,7 @@ def gains_by_one_pass(x: torch.Tensor) -> bool:
 
     Nor is it where `x` is not a tensor but an engine's `fx.Proxy`.
     """
-    if torch.compiler.is_compiling() or not isinstance(x, torch.Tensor):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(x, torch.Tensor):
         return False
     return torch.is_grad_enabled() or x.is_cuda or FORCED == "triton"
 

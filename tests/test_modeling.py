@@ -52,8 +52,8 @@ def form(request, monkeypatch):
 def _float64_norms(monkeypatch):
     """Llama's RMSNorm and gates work in float32; here both sides must be exact to float64."""
 
-    def forward(self, x):
-        return reference.rms_norm(x, self.weight, self.variance_epsilon)
+    def forward(self, hidden_states):
+        return reference.rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
