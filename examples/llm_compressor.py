@@ -8,7 +8,6 @@ that the README shows; --update writes it there. It runs on a CPU, but for AWQ. 
 this project: `make test-programs` says how it is installed.
 """
 
-import argparse
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +27,7 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from loguru import logger
-from measure import mean_loss, text_windows
+from measure import arguments_of, mean_loss, text_windows
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 MODELS = {"dense": None, "M=1 K=4": (1, 4), "M=2 K=4": (2, 4)}
@@ -94,11 +93,7 @@ def compressed(
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint")
-    parser.add_argument("text", type=Path)
-    parser.add_argument("--update", action="store_true", help="write the table into README.md")
-    arguments = parser.parse_args()
+    arguments = arguments_of(__doc__)
     transformers.logging.set_verbosity_error()
     logger.remove()  # llm-compressor's, which writes where the table goes
     windows = text_windows(arguments.checkpoint, arguments.text)

@@ -1,5 +1,6 @@
-"""What the measuring examples share: a text in windows, and a model's loss on it."""
+"""What the measuring examples share: a command line, a text in windows, and a model's loss on it."""
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -7,6 +8,15 @@ from torch import nn
 from transformers import AutoTokenizer
 
 WINDOW = 512
+
+
+def arguments_of(description: str) -> argparse.Namespace:
+    """The command line of a script that measures a checkpoint on a text and can write its table into README.md."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--update", action="store_true", help="write the table into README.md")
+    return parser.parse_args()
 
 
 def text_windows(checkpoint: str | Path, text: Path) -> torch.Tensor:

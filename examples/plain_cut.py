@@ -6,7 +6,6 @@ converts CHECKPOINT with several (M, K), measures each on TEXT in windows of 512
 that the README shows; --update writes it there.
 """
 
-import argparse
 import tempfile
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import finedeep  # noqa: F401  (registers the model)
 import transformers
 from finedeep.benchmarks.readme import put_into_readme
 from finedeep.convert import convert_checkpoint
-from measure import mean_loss, text_windows
+from measure import arguments_of, mean_loss, text_windows
 from transformers import AutoModelForCausalLM
 
 SHAPES = [(1, 8), (2, 8), (4, 4)]
@@ -22,11 +21,7 @@ SHAPES = [(1, 8), (2, 8), (4, 4)]
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint")
-    parser.add_argument("text", type=Path)
-    parser.add_argument("--update", action="store_true", help="write the table into README.md")
-    arguments = parser.parse_args()
+    arguments = arguments_of(__doc__)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 

@@ -6,7 +6,6 @@ converts CHECKPOINT, loads dense and converted models under each recipe, measure
 512 tokens, and prints the Markdown table that the README shows; --update writes it there. It runs on a CPU.
 """
 
-import argparse
 import logging
 import tempfile
 import warnings
@@ -18,7 +17,7 @@ import torch
 import transformers
 from finedeep.benchmarks.readme import put_into_readme
 from finedeep.convert import convert_checkpoint
-from measure import mean_loss, text_windows
+from measure import arguments_of, mean_loss, text_windows
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -96,11 +95,7 @@ def model_bytes(model: nn.Module) -> int:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint")
-    parser.add_argument("text", type=Path)
-    parser.add_argument("--update", action="store_true", help="write the table into README.md")
-    arguments = parser.parse_args()
+    arguments = arguments_of(__doc__)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
