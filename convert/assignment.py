@@ -9,8 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-
-from .errors import ConversionError
+from finedeep_files.errors import ConversionError
 
 PADDING = -1
 

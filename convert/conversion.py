@@ -11,24 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finedeep_files.errors import ConversionError
+from finedeep_files.hashing import sha256
+from finedeep_files.shards import INDEX, FolderWriter, write_index
 from finedeep_files.whole_file import write_whole
 from finedeep_files.working_folder import Contents
 from tqdm import tqdm
 
-from .calibration import LAYER, WINDOWS, Calibration, LayerErrors, best_device
-from .calibration_text import SELF
+from .assignment import FORMULAS, assign
+from .calibrate.run import LAYER, WINDOWS, Calibration, LayerErrors, best_device
+from .calibrate.text import SELF
 from .code_files import CODE_FILES, copy_code
+from .cut import made
 from .destination import check_room, whole_folder, working_folder
-from .errors import ConversionError
-from .hashing import sha256
-from .mapping import Target
-from .neurons import FORMULAS, assign
 from .plan import Options, Plan, make_plan, same_plan
 from .probe import LayerProbe, probe_tokens
 from .receipt import NEURONS, RECEIPT, read_neuron_table, versions, write_neuron_table, write_receipt
-from .shards import FolderWriter, write_index
-from .source import COMPANIONS, INDEX, TOKENIZER_CONFIG, DenseCheckpoint, copy_companion, open_checkpoint, read_json
-from .tensors import made
+from .source import COMPANIONS, TOKENIZER_CONFIG, DenseCheckpoint, copy_companion, open_checkpoint, read_json
+from .tensor_mapping import Target
 from .tokenization import keep_tokens
 
 DIFFERENCES = "differences.json"  # of layers that have been probed
@@ -177,7 +177,7 @@ def _assigned(plan: Plan, progress: bool) -> list[torch.Tensor]:
 
     @cache
     def activities() -> list[torch.Tensor]:
-        from .activity import mean_activity
+        from .calibrate.neuron_statistics import mean_activity
 
         return mean_activity(plan.dense.folder, plan.dense_config, Path(plan.options.text), progress)
 

@@ -5,12 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
+from finedeep_files.errors import ConversionError
 
-from .errors import ConversionError
-from .mapping import Target
-from .neurons import PADDING, gather
+from .assignment import PADDING, gather
 from .plan import CAST, Plan
 from .probe import LayerProbe
+from .tensor_mapping import Target
 
 BLOCK = 2**22  # values of a weight that are worked on at a time
 

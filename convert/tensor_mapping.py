@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from finedeep_files.errors import ConversionError
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from ..configuration_finedeep import FinedeepConfig
 from ..modeling_finedeep import FinedeepForCausalLM
-from .errors import ConversionError
 from .families import Family
 
 # Tensors that some checkpoints carry although the config determines them.

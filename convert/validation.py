@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 
-from .errors import ConversionError
+from finedeep_files.errors import ConversionError
+
 from .source import DenseCheckpoint
 
 BASE = "model."

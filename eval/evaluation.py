@@ -8,24 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finedeep_files.masking import masked
+from finedeep_files.processes import is_first_process, is_needed, process_number, share
 from finedeep_files.whole_file import write_whole
 
-from ..convert.card import COMPARISON
-from ..convert.masking import masked
-from . import cost, inspection
-from .chat import BEGINNING, chat_template_of, check_same_template
-from .comparison import compare, notes_of, sentence_of, table_of
+from ..convert.hub.card import COMPARISON
+from .compare.comparison import compare, notes_of, sentence_of, table_of
+from .compare.scores import Results
+from .compare.table import side_by_side
 from .errors import EvaluationError
-from .harness import evaluate, save_results
-from .identity import files_in, files_of, versions
-from .inspection import check_text, inspect
-from .local_tasks import write_local_tasks
+from .inspect import inspection
+from .inspect.inspection import check_text, inspect
 from .output import EVALUATED, MARKDOWN, name_of, working_folder
-from .processes import is_first_process, is_needed, process_number, share
-from .report import write_report
-from .scores import Results
-from .table import side_by_side
-from .tokenization import beginning_of, check_same_tokenizer, load_tokenizer
+from .report import cost
+from .report.page import write_report
+from .scoring.chat_template import BEGINNING, chat_template_of, check_same_template
+from .scoring.harness import evaluate, save_results
+from .scoring.local_tasks import write_local_tasks
+from .scoring.model_identity import files_in, files_of, versions
+from .scoring.tokenizer_check import beginning_of, check_same_tokenizer, load_tokenizer
 
 PLACES = ("output", "resume", "overwrite")  # the options that say where to write
 NOT_TOLD = ("say", "answers", *PLACES)  # of the options: they decide nothing

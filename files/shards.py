@@ -19,8 +19,10 @@ import torch
 from safetensors.torch import save_file
 
 from .errors import ConversionError
-from .source import DTYPES, INDEX, WEIGHTS
 
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 LARGE = 2**20  # bytes
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

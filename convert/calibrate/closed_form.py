@@ -20,9 +20,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .activity import activations
 from .least_squares import LeastSquares
-from .stream import CHUNK
+from .neuron_statistics import activations
+from .residual_stream import CHUNK
 
 
 @torch.no_grad()

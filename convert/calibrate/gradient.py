@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..configuration_finedeep import FinedeepConfig
-from .stream import CHUNK, through
+from ...configuration_finedeep import FinedeepConfig
+from .residual_stream import CHUNK, through
 
 BATCH = 4096  # tokens of a step
 RATE = 0.02  # the largest step of a weight, as a share of the root mean square of its tensor

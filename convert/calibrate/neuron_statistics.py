@@ -5,15 +5,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from finedeep_files.errors import ConversionError
 from torch import nn
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
-from ..modeling_finedeep import FinedeepSublayer
-from .calibration_text import read_tokens, window_of
-from .errors import ConversionError
+from ...modeling_finedeep import FinedeepSublayer
+from ..source import load_dense
 from .least_squares import LeastSquares
-from .source import load_dense
+from .text import read_tokens, window_of
 
 MAX_TOKENS = 32_768
 CHUNK = 4096

@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
+from finedeep_files.errors import ConversionError
 from torch import nn
 
-from ..configuration_finedeep import PER_LAYER, FinedeepConfig
-from ..modeling_finedeep import FinedeepModel, FinedeepSublayer, LlamaRotaryEmbedding
-from .errors import ConversionError
-from .plan import Plan, make_plan
-from .tensors import layer_tensors
+from ...configuration_finedeep import PER_LAYER, FinedeepConfig
+from ...modeling_finedeep import FinedeepModel, FinedeepSublayer, LlamaRotaryEmbedding
+from ..cut import layer_tensors
+from ..plan import Plan, make_plan
 
 CHUNK = 8192  # tokens that are worked on at a time
 

@@ -1,7 +1,7 @@
 """Calibration: after a cut with M >= 2, bring every layer as near to the dense model's as a text can teach it.
 
 Layer by layer, in one pass. Each layer climbs a ladder, and keeps what is best on held-out tokens: the cut as it is;
-two closed-form corrections (`closed_form`); training on the dense FFN's own work (`blockwise`), for the last layer on
+two closed-form corrections (`closed_form`); training on the dense FFN's own work (`gradient`), for the last layer on
 the dense model's next-token probabilities.
 """
 
@@ -14,24 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finedeep_files.errors import ConversionError
+from finedeep_files.hashing import sha256
+from finedeep_files.progress import in_words, say, seconds_for
+from finedeep_files.shards import save_whole
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
-from .activity import activity_on, nonlinearity_on
-from .blockwise import BATCH, Objective, error_of, fit, logit_divergence, stream_error
-from .calibration_text import SELF, held_out, sampled_windows, text_windows
+from ..assignment import assign
+from ..cut import cast, layer_tensors, padding_rows
+from ..plan import Plan
+from ..source import load_dense
 from .closed_form import correct
-from .errors import ConversionError
-from .hashing import sha256
-from .neurons import assign
-from .plan import Plan
-from .progress import in_words, say, seconds_for
-from .shards import save_whole
-from .source import load_dense
-from .stream import Stream, over_chunks, sublayers_from, through
-from .tensors import cast, layer_tensors, padding_rows
+from .gradient import BATCH, Objective, error_of, fit, logit_divergence, stream_error
+from .neuron_statistics import activity_on, nonlinearity_on
+from .residual_stream import Stream, over_chunks, sublayers_from, through
+from .text import SELF, held_out, sampled_windows, text_windows
 
 WINDOWS = "calibration-windows.safetensors"
 LAYER = "calibrated-{}.safetensors"

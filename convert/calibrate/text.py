@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finedeep_files.errors import ConversionError
+from finedeep_files.progress import Progress
+from finedeep_files.text_files import read_documents
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
@@ -14,10 +17,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from .errors import ConversionError
-from .progress import Progress
-from .text_files import read_documents
-from .tokenization import load_tokenizer
+from ..tokenization import load_tokenizer
 
 SELF = "self"
 HELD_OUT = 1 / 16  # of the windows

@@ -5,10 +5,11 @@ from itertools import islice, zip_longest
 from pathlib import Path
 
 import torch
+from finedeep_files.errors import ConversionError
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from .calibration_text import (
+from ..calibrate.text import (
     SELF,
     check_vocabulary,
     document_tokens,
@@ -17,7 +18,6 @@ from .calibration_text import (
     tokenizer_in,
     window_of,
 )
-from .errors import ConversionError
 
 COLUMN = "text"
 ANOTHER_SEED = 2**31  # of a seed's bits a CPU's generator takes the lower 32

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finedeep_files.errors import ConversionError, check_seed, check_whole_number
+from finedeep_files.hashing import sha256
+from finedeep_files.loading_bars import without_loading_bars
+from finedeep_files.masking import masked
 from finedeep_files.names import LISTED
+from finedeep_files.progress import in_words, say, seconds_for
+from finedeep_files.shards import INDEX, WEIGHTS, save_whole
 from finedeep_files.working_folder import Contents, WorkingFolder
 from safetensors.torch import load_file
 from torch import nn
@@ -27,20 +33,14 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ..configuration_finedeep import FinedeepConfig
-from ..modeling_finedeep import FinedeepForCausalLM
-from .calibration_text import SELF, held_out
-from .code_files import CODE_FILES, copy_code
-from .destination import working_folder
-from .errors import ConversionError, check_seed, check_whole_number
-from .hashing import sha256
-from .healing_data import healing_windows
-from .loading_bars import without_loading_bars
-from .masking import masked
-from .progress import in_words, say, seconds_for
-from .receipt import NEURONS, RECEIPT, read_receipt, versions, without_place, write_json
-from .shards import save_whole
-from .source import COMPANIONS, INDEX, WEIGHTS, DenseCheckpoint, check_finedeep, copy_companion, open_checkpoint
+from ...configuration_finedeep import FinedeepConfig
+from ...modeling_finedeep import FinedeepForCausalLM
+from ..calibrate.text import SELF, held_out
+from ..code_files import CODE_FILES, copy_code
+from ..destination import working_folder
+from ..receipt import NEURONS, RECEIPT, read_receipt, versions, without_place, write_json
+from ..source import COMPANIONS, DenseCheckpoint, check_finedeep, copy_companion, open_checkpoint
+from .data import healing_windows
 from .training_checkpoints import ArgumentsWithoutSecrets, train_to_the_end
 
 HEALING = "finedeep_healing.json"

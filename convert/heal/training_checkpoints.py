@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from finedeep_files.masking import masked
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-
-from .masking import masked
 
 
 class ArgumentsWithoutSecrets(TrainingArguments):

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from finedeep_files.errors import ConversionError
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .errors import ConversionError
-from .source import read_json
+from ..source import read_json
 
 PAPER = "2502.12928"
 CARD = "README.md"

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from finedeep_files.errors import ConversionError, one_line
+from finedeep_files.masking import masked
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
 from huggingface_hub.utils import disable_progress_bars
 
+from ..code_files import CODE_FILES, advice, auto_map_of, copy_code, missing_code
+from ..receipt import NEURONS, RECEIPT, read_receipt, versions
+from ..source import COMPANIONS, OURS, inside, read_json
 from .card import CARD, make_card, read_comparison, read_scores
-from .code_files import CODE_FILES, advice, auto_map_of, copy_code, missing_code
-from .errors import ConversionError, one_line
-from .hub import AGAIN, hub_errors
-from .masking import masked
-from .receipt import NEURONS, RECEIPT, read_receipt, versions
-from .source import COMPANIONS, OURS, inside, read_json
+from .refusals import AGAIN, hub_errors
 from .standalone import standalone_logits
 
 CACHES = ("HF_HUB_CACHE", "TRANSFORMERS_CACHE", "HF_XET_CACHE", "HF_MODULES_CACHE")  # the second in transformers 4

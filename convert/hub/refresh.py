@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finedeep_files.errors import ConversionError, one_line
 from finedeep_files.inputs import check_model
 from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 from huggingface_hub.utils import disable_progress_bars
 
-from ..configuration_finedeep import AUTO_MAP, FinedeepConfig, __version__
+from ...configuration_finedeep import AUTO_MAP, FinedeepConfig, __version__
+from ..code_files import CODE, CODE_FILES, MARKED, UNMARKED, auto_map_of, is_newer, missing_code, version_in
+from ..receipt import RECEIPT, as_json, read_receipt, versions
+from ..source import check_finedeep, read_json
 from .card import CARD
-from .code_files import CODE, CODE_FILES, MARKED, UNMARKED, auto_map_of, is_newer, missing_code, version_in
-from .errors import ConversionError, one_line
-from .hub import hub_errors
-from .receipt import RECEIPT, as_json, read_receipt, versions
-from .source import check_finedeep, read_json
+from .refusals import hub_errors
 from .standalone import standalone_logits
 
 # How far the logits of old and new code may be apart, as a share of the largest: some roundings of the dtype.

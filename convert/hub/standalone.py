@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from finedeep_files.errors import ConversionError
 from safetensors.torch import load_file
-
-from .errors import ConversionError
 
 # Importing this project raises ImportError here.
 SCRIPT = """

@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from .errors import EvaluationError
-from .paired import AGGREGATES, LEVEL, Difference, difference_of, difference_of_means, holm
+from ..errors import EvaluationError
+from .paired_statistics import AGGREGATES, LEVEL, Difference, difference_of, difference_of_means, holm
 from .scores import Place, Results, Score, scores_of
 from .table import aligned_markdown, direction
 
 SIGNIFICANT = 0.05
 BETTER, WORSE, SAME, IDENTICAL = "better", "worse", "not distinguishable at this size", "identical"
 FEW = 30  # samples: of fewer a percentile bootstrap covers clearly less than it is named for, 76 % with 6
-# metric -> its aggregate in `paired.AGGREGATES`; others are means
+# metric -> its aggregate in `paired_statistics.AGGREGATES`; others are means
 AGGREGATE_OF = {
     "perplexity": "perplexity",
     "word_perplexity": "weighted_perplexity",

@@ -8,16 +8,16 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from finedeep_files.loading_bars import without_loading_bars
+from finedeep_files.text_files import JSON_LINES
 from finedeep_files.whole_file import write_whole
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..convert.loading_bars import without_loading_bars
-from ..convert.text_files import JSON_LINES
-from .activity import EDGES, THRESHOLDS, Place, places_of, rates, watch
-from .errors import EvaluationError, cannot_load
-from .output import INSPECTED, INSPECTION, working_folder
-from .table import aligned_markdown
+from ..compare.table import aligned_markdown
+from ..errors import EvaluationError, cannot_load
+from ..output import INSPECTED, INSPECTION, working_folder
+from .recorder import EDGES, THRESHOLDS, Place, places_of, rates, watch
 
 TAU = "0.1"  # the threshold of NSAR unless said otherwise
 WINDOW = 512  # tokens, or as many as the model has positions for

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from .inspection import TAU
 
 if TYPE_CHECKING:  # inspections are drawn without what comparisons want to be installed
-    from .comparison import Row
+    from ..compare.comparison import Row
 
 Inspections = Mapping[str, Mapping[str, Any]]
 SIZE = (6.0, 3.4)  # inches

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..modeling_finedeep import FinedeepSublayer
-from ..operators_finedeep import expert_outputs
-from .errors import EvaluationError
+from ...modeling_finedeep import FinedeepSublayer
+from ...operators_finedeep import expert_outputs
+from ..errors import EvaluationError
 
 THRESHOLDS = (0.01, 0.03, 0.1, 0.3, 1.0)
 # Of the histogram: SiLU has no value below -0.28; what is beyond is counted at the ends.

@@ -1,6 +1,6 @@
 """What models cost, measured side by side: parameters, FLOPs, tokens per second, peak memory.
 
-    python -m finedeep.eval.cost MODEL DEVICE DTYPE PROMPT
+    python -m finedeep.eval.report.cost MODEL DEVICE DTYPE PROMPT
 
 prints the peak memory of one model in a process of its own, in bytes.
 """
@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finedeep_files.processor import processor
+from finedeep_files.timing import Work, interleaved, let_go, quartiles
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
 
-from ..benchmarks.cases import CACHE
-from ..benchmarks.memory import peak_during, printed_by
-from ..benchmarks.processor import processor
-from ..benchmarks.timing import Work, interleaved, let_go, quartiles
-from .errors import EvaluationError
-from .inspection import load
-from .table import aligned_markdown
+from ...benchmarks.cases import CACHE
+from ...benchmarks.memory import peak_during, printed_by
+from ..compare.table import aligned_markdown
+from ..errors import EvaluationError
+from ..inspect.inspection import load
 
 PROMPT = 512  # tokens, or as many as the model has positions for
 NEW = 8  # tokens that are decoded one by one after it

@@ -10,10 +10,11 @@ from typing import Any
 from finedeep_files.whole_file import write_whole
 from jinja2 import Environment, StrictUndefined
 
-from . import cost, inspection, plots
-from .comparison import BETTER, HEAD, IDENTICAL, SAME, WORSE, Row, cells_of, figures_of
-from .inspection import TAU
-from .output import PAGE
+from ..compare.comparison import BETTER, HEAD, IDENTICAL, SAME, WORSE, Row, cells_of, figures_of
+from ..inspect import inspection, plots
+from ..inspect.inspection import TAU
+from ..output import PAGE
+from . import cost
 
 TEMPLATE = Path(__file__).with_name("report.html")
 CAPTIONS = {

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from finedeep_files.lock import locked
+from finedeep_files.masking import masked
+from finedeep_files.processes import are_several, process_number, share
 from finedeep_files.whole_file import write_whole
 
-from ..convert.masking import masked
-from .errors import EvaluationError
-from .processes import are_several, process_number, share
-from .scores import Results
+from ..compare.scores import Results
+from ..errors import EvaluationError
 
 METHODS = ("loglikelihood", "loglikelihood_rolling", "generate_until")  # by which the harness asks a model
 ANSWERS = "answers"

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from .errors import EvaluationError
-from .tokenization import load_tokenizer
+from ..errors import EvaluationError
+from .tokenizer_check import load_tokenizer
 
 
 def chat_template_of(model: str | Path, wanted: bool | str, tokenizer: PreTrainedTokenizerBase | None = None) -> str:

@@ -14,14 +14,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..convert.loading_bars import without_loading_bars
-from ..convert.masking import masked
-from .chat import chat_template_of
-from .errors import EvaluationError, cannot_load
-from .identity import identity_of
-from .kept import Answers, KeptAnswers, answering, answers_of
-from .output import name_of
-from .scores import Results, scores_of
+from finedeep_files.loading_bars import without_loading_bars
+from finedeep_files.masking import masked
+
+from ..compare.scores import Results, scores_of
+from ..errors import EvaluationError, cannot_load
+from ..output import name_of
+from .answer_cache import Answers, KeptAnswers, answering, answers_of
+from .chat_template import chat_template_of
+from .model_identity import identity_of
 
 # What --set cannot set, and how it is set instead.
 OWN_OPTIONS = {

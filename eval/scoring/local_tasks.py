@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from .errors import EvaluationError
+from ..errors import EvaluationError
 
 PASSAGE = 1000  # characters, at least: a text is scored in pieces, so that there are samples to compare
 PIECE = re.compile(rf".{{{PASSAGE}}}\S{{0,100}}\s?|.+", re.DOTALL)  # of a line; some scripts have no spaces

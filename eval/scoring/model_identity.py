@@ -7,10 +7,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from finedeep_files.masking import masked
 from transformers.utils import cached_file
 
-from ..configuration_finedeep import __version__
-from ..convert.masking import masked
+from ...configuration_finedeep import __version__
 
 PACKAGES = ("torch", "transformers", "lm_eval", "scipy")
 # The files of a model's folder that decide its answers.

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..convert.tokenization import PROBE, first_difference
-from .errors import EvaluationError
+from ...convert.tokenization import PROBE, first_difference
+from ..errors import EvaluationError
 
 
 def check_same_tokenizer(baseline: str | Path, model: str | Path) -> str:

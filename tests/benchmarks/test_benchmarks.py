@@ -7,9 +7,10 @@ import numpy
 import pytest
 import torch
 from finedeep.benchmarks import __main__ as command
-from finedeep.benchmarks import cases, growth, memory, models, results, timing
+from finedeep.benchmarks import cases, growth, memory, models, results
 from finedeep.benchmarks.cases import Case
 from finedeep.benchmarks.readme import put_into_readme
+from finedeep_files import timing
 
 TINY = models.Shape(32, 2, 128, 4, 2, 64)
 

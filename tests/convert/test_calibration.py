@@ -7,20 +7,21 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_dense
-from finedeep.convert import ConversionError, calibration_text, convert_checkpoint
-from finedeep.convert.activity import activity_on, nonlinearity_on
-from finedeep.convert.blockwise import error_of, fit, logit_divergence, stream_error
-from finedeep.convert.calibration import LAYER, Calibration
-from finedeep.convert.calibration_text import sampled_batches, sampled_windows, text_windows
-from finedeep.convert.closed_form import correct
-from finedeep.convert.hashing import sha256
-from finedeep.convert.least_squares import RIDGES, LeastSquares
-from finedeep.convert.neurons import PADDING
+from finedeep.convert import ConversionError, convert_checkpoint
+from finedeep.convert.assignment import PADDING
+from finedeep.convert.calibrate import text as calibration_text
+from finedeep.convert.calibrate.closed_form import correct
+from finedeep.convert.calibrate.gradient import error_of, fit, logit_divergence, stream_error
+from finedeep.convert.calibrate.least_squares import RIDGES, LeastSquares
+from finedeep.convert.calibrate.neuron_statistics import activity_on, nonlinearity_on
+from finedeep.convert.calibrate.residual_stream import Stream, over_chunks, through
+from finedeep.convert.calibrate.run import LAYER, Calibration
+from finedeep.convert.calibrate.text import sampled_batches, sampled_windows, text_windows
 from finedeep.convert.plan import Options, make_plan
 from finedeep.convert.receipt import RECEIPT, read_neuron_table
 from finedeep.convert.source import open_checkpoint
-from finedeep.convert.stream import Stream, over_chunks, through
 from finedeep_cli import main
+from finedeep_files.hashing import sha256
 from finedeep_files.working_folder import WorkingFolder
 from safetensors.torch import load_file
 from test_convert import assert_same_logits, fingerprint, load
@@ -137,8 +138,8 @@ def layer_of(dense, **options):
     plan = make_plan(open_checkpoint(dense), Options(num_experts_per_sublayer=4, **options))
     stream = Stream(plan, tokens(32, 32), CPU)
     ffn = stream.attend(0)
-    from finedeep.convert.stream import sublayers_from
-    from finedeep.convert.tensors import layer_tensors
+    from finedeep.convert.calibrate.residual_stream import sublayers_from
+    from finedeep.convert.cut import layer_tensors
 
     neurons = torch.arange(48).view(plan.options.num_expert_sublayers, 4, -1)
     return sublayers_from(plan.config, layer_tensors(plan, 0, neurons), 0, CPU), ffn, stream.dense.flatten(0, 1)
@@ -147,7 +148,7 @@ def layer_of(dense, **options):
 @torch.no_grad()
 def test_the_closed_form_is_that_of_the_equations(gentle, monkeypatch):
     """Against the equations of `closed_form`, in NumPy in float64, with one ridge."""
-    monkeypatch.setattr("finedeep.convert.least_squares.RIDGES", (1e-3,))
+    monkeypatch.setattr("finedeep.convert.calibrate.least_squares.RIDGES", (1e-3,))
     sublayers, _ffn, dense_u = layer_of(gentle, num_expert_sublayers=3)
     u = dense_u + 0.1 * torch.randn(dense_u.shape, generator=torch.Generator().manual_seed(5))
     r, held = 0.5, 128

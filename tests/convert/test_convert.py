@@ -15,8 +15,8 @@ import pytest
 import torch
 from conftest import TINY, make_dense
 from finedeep.convert import ConversionError, convert_checkpoint, export_checkpoint, plan
-from finedeep.convert.checkpoint import plan_conversion
-from finedeep.convert.neurons import PADDING, deal
+from finedeep.convert.assignment import PADDING, deal
+from finedeep.convert.conversion import plan_conversion
 from hub_server import running_hub
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers

@@ -12,14 +12,14 @@ import time
 import pytest
 import torch
 from conftest import make_dense
-from finedeep.convert import ConversionError, checkpoint, convert_checkpoint, register_assignment
-from finedeep.convert.calibration import Calibration
-from finedeep.convert.checkpoint import plan_conversion
-from finedeep.convert.hashing import sha256
-from finedeep.convert.neurons import ASSIGNMENTS, balanced_clusters
+from finedeep.convert import ConversionError, conversion, convert_checkpoint, register_assignment
+from finedeep.convert.assignment import ASSIGNMENTS, balanced_clusters
+from finedeep.convert.calibrate.run import Calibration
+from finedeep.convert.conversion import plan_conversion
 from finedeep.convert.plan import Options
 from finedeep.convert.receipt import RECEIPT
 from finedeep_cli import convert_command, main
+from finedeep_files.hashing import sha256
 from finedeep_files.working_folder import Contents, WorkingFolder
 from isolated import FORKS
 from safetensors.torch import load_file, save_file
@@ -256,7 +256,7 @@ def test_what_does_not_fit_into_float16_is_refused(tmp_path):
 
 def interrupted(dense, out, after_shards, **options):
     """Convert until so many shards are there, then Ctrl-C, as it were."""
-    from finedeep.convert import shards
+    from finedeep_files import shards
 
     made = []
 
@@ -302,7 +302,7 @@ def test_an_interruption_before_the_first_shard_leaves_nothing(tmp_path, dense, 
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("finedeep.convert.checkpoint.assign", stop)
+    monkeypatch.setattr("finedeep.convert.conversion.assign", stop)
     with pytest.raises(KeyboardInterrupt):
         convert(dense, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -320,8 +320,8 @@ def test_after_an_interruption_no_further_file_is_hashed(tmp_path, monkeypatch):
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("finedeep.convert.checkpoint.sha256", slowly)
-    monkeypatch.setattr("finedeep.convert.checkpoint.assign", stop)
+    monkeypatch.setattr("finedeep.convert.conversion.sha256", slowly)
+    monkeypatch.setattr("finedeep.convert.conversion.assign", stop)
     with pytest.raises(KeyboardInterrupt):
         convert(dense, tmp_path / "out")
     assert len(hashed) <= 1 < len(list(dense.glob("*.safetensors")))
@@ -347,7 +347,7 @@ def test_resume_is_of_the_same_versions_and_device(tmp_path, dense, monkeypatch,
     """The receipt names one of each for all layers."""
     options = calibrating(tmp_path)
     interrupted(dense, tmp_path / "out", 1, **options)
-    monkeypatch.setattr(checkpoint, changed, into)
+    monkeypatch.setattr(conversion, changed, into)
     with pytest.raises(ConversionError, match=f"another one: {changed.removeprefix('best_')} differ"):
         convert_checkpoint(dense, tmp_path / "out", resume=True, **options)
 
@@ -356,7 +356,7 @@ def test_a_place_that_was_taken_meanwhile_costs_nothing(tmp_path, dense, monkeyp
     """Neither what was made nor, when the place is free again, the calibration of a single layer."""
     options, out = calibrating(tmp_path), tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_receipt", lambda *_: (out.mkdir(), (out / "other.txt").touch()))
+        patch.setattr(conversion, "write_receipt", lambda *_: (out.mkdir(), (out / "other.txt").touch()))
         with pytest.raises(ConversionError, match=r"not empty.* What was made is whole, in .*\.out\.unfinished"):
             convert_checkpoint(dense, out, **options)
     (out / "other.txt").unlink()
@@ -374,7 +374,8 @@ def test_measured_neurons_stay_where_finished_shards_have_them(tmp_path, dense, 
     options = {**SMALL_SHARDS, "assignment": "activity", "text": str(tmp_path / "text.txt")}
     interrupted(dense, tmp_path / "out", 3, **options)
     with monkeypatch.context() as patch:
-        patch.setattr("finedeep.convert.activity.mean_activity", lambda *_: pytest.fail("measured again"))
+        measure = "finedeep.convert.calibrate.neuron_statistics.mean_activity"
+        patch.setattr(measure, lambda *_: pytest.fail("measured again"))
         convert_checkpoint(dense, tmp_path / "out", resume=True, **options)
     convert_checkpoint(dense, tmp_path / "at once", **options)
     assert fingerprint(tmp_path / "out") == fingerprint(tmp_path / "at once")
@@ -449,7 +450,7 @@ def test_killed_at_twenty_random_moments(tmp_path, dense):
 
 INTERRUPTED = """
 import os, signal, sys
-from finedeep.convert import shards
+from finedeep_files import shards
 from finedeep_cli import main
 finish = shards.ShardWriter.finish
 def finish_and_interrupt(writer):

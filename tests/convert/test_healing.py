@@ -13,9 +13,16 @@ import torch
 from conftest import make_dense
 from finedeep import FinedeepForCausalLM
 from finedeep.convert import ConversionError, convert_checkpoint
-from finedeep.convert.calibration_text import sampled_windows
-from finedeep.convert.healing import HEALING, HIDDEN_STATES, HealingOptions, HealingTrainer, heal, hidden_state_distance
-from finedeep.convert.healing_data import ANOTHER_SEED, healing_windows
+from finedeep.convert.calibrate.text import sampled_windows
+from finedeep.convert.heal.data import ANOTHER_SEED, healing_windows
+from finedeep.convert.heal.run import (
+    HEALING,
+    HIDDEN_STATES,
+    HealingOptions,
+    HealingTrainer,
+    heal,
+    hidden_state_distance,
+)
 from finedeep.convert.receipt import RECEIPT
 from finedeep.modeling_finedeep import FinedeepDecoderLayer
 from finedeep_cli import heal_command, main
@@ -32,7 +39,7 @@ from transformers import (
     TrainingArguments,
 )
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 QUICK = {"tokens": 4096, "context": 32, "steps": 12, "batch_size": 4, "progress": False}
 
 
@@ -564,7 +571,7 @@ def test_a_source_with_a_folder_of_licences_and_a_finished_run_repeated(tmp_path
     (model / "LICENSE").write_text("MIT")
     options = {**QUICK, "steps": 2, "teacher": str(dense)}
     with monkeypatch.context() as patch:
-        patch.setattr("finedeep.convert.healing._save", lambda *_: (_ for _ in ()).throw(RuntimeError("disk is gone")))
+        patch.setattr("finedeep.convert.heal.run._save", lambda *_: (_ for _ in ()).throw(RuntimeError("disk is gone")))
         with pytest.raises(RuntimeError, match="--resume continues from it, --overwrite starts again"):
             heal(model, tmp_path / "out", **options)
     with monkeypatch.context() as patch:
@@ -575,7 +582,7 @@ def test_a_source_with_a_folder_of_licences_and_a_finished_run_repeated(tmp_path
     receipt = json.loads((tmp_path / "out" / HEALING).read_text())
     assert receipt["files"] == sorted(path.name for path in (tmp_path / "out").iterdir())
     before = fingerprint(tmp_path)
-    monkeypatch.setattr("finedeep.convert.healing.open_checkpoint", lambda *_: pytest.fail("looked for the model"))
+    monkeypatch.setattr("finedeep.convert.heal.run.open_checkpoint", lambda *_: pytest.fail("looked for the model"))
     with pytest.raises(
         ConversionError, match=r"is not empty: it holds a finished run\. --overwrite replaces it; --resume is for"
     ):

@@ -270,7 +270,7 @@ def states(original, tmp_path_factory):
     place = tmp_path_factory.mktemp("states")
     convert_checkpoint(original, place / "out", num_expert_sublayers=1, progress=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("finedeep.convert.checkpoint.write_receipt", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("finedeep.convert.conversion.write_receipt", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             convert_checkpoint(original, place / "stopped", num_expert_sublayers=1, progress=False)
     (place / ".stopped.unfinished").rename(place / WORK)

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from conftest import make_dense
 from finedeep.convert import ConversionError, convert_checkpoint
-from finedeep.convert.card import make_card, read_scores
-from finedeep.convert.publish import push_folder
+from finedeep.convert.hub.card import make_card, read_scores
+from finedeep.convert.hub.push import push_folder
 from finedeep_cli import main
 from hub_server import TOKEN, running_hub
 
@@ -137,7 +137,7 @@ def test_a_hub_that_gives_back_other_weights_is_noticed(finedeep_folder):
 
 @pytest.fixture
 def no_hub(monkeypatch):
-    monkeypatch.setattr("finedeep.convert.publish.HfApi", lambda: pytest.fail("the Hub was spoken to"))
+    monkeypatch.setattr("finedeep.convert.hub.push.HfApi", lambda: pytest.fail("the Hub was spoken to"))
 
 
 def test_a_folder_that_does_not_load_is_not_pushed(tmp_path, finedeep_folder, no_hub):
@@ -163,10 +163,10 @@ def test_what_is_run_is_the_packages_code(tmp_path, finedeep_folder, monkeypatch
     """Even where a file is changed after it was compared."""
     folder = shutil.copytree(finedeep_folder, tmp_path / "out")
     monkeypatch.setattr(
-        "finedeep.convert.publish._check_code",
+        "finedeep.convert.hub.push._check_code",
         lambda folder: (folder / "modeling_finedeep.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')\n"),
     )
-    monkeypatch.setattr("finedeep.convert.publish.HfApi", lambda: 1 / 0)
+    monkeypatch.setattr("finedeep.convert.hub.push.HfApi", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # so far it has come: the model was loaded
         push_folder(folder, "org/model", say=False)
     assert not (tmp_path / "was_run").exists()

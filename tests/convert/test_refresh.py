@@ -11,8 +11,9 @@ from pathlib import Path
 import finedeep
 import pytest
 import torch
-from finedeep.convert import ConversionError, refresh_code, standalone
+from finedeep.convert import ConversionError, refresh_code
 from finedeep.convert.code_files import CODE_FILES, advice, version_in
+from finedeep.convert.hub import standalone
 from finedeep_cli import main
 from hub_server import TOKEN, running_hub
 from isolated import run_isolated
@@ -112,7 +113,7 @@ def forked(monkeypatch):
                 raise ConversionError(str(error).strip().splitlines()[-1]) from error
             return load_file(path)["logits"]
 
-    monkeypatch.setattr("finedeep.convert.refresh.standalone_logits", standalone_logits)
+    monkeypatch.setattr("finedeep.convert.hub.refresh.standalone_logits", standalone_logits)
 
 
 def test_no_code_of_the_folder_is_run_unless_it_is_trusted(old, forked):
@@ -217,14 +218,14 @@ def test_commands_say_when_a_folders_code_is_older(old, tmp_path, capsys, monkey
     assert main(["inspect", str(old), "--text", str(tmp_path / "text.txt"), "--tokens", "64", "--quiet"]) == 0
     line = f"{old}: its code is of Finedeep before versions were noted, older than the installed {finedeep.__version__}"
     assert line in capsys.readouterr().err
-    monkeypatch.setattr("finedeep.eval.study.score", lambda *_, **__: None)
+    monkeypatch.setattr("finedeep.eval.evaluation.score", lambda *_, **__: None)
     assert main(["eval", str(old), "--tasks", "arc_easy", "--quiet"]) == 0
     assert line in capsys.readouterr().err
 
     def stop(*_, **__):
         raise ConversionError("stopped here")
 
-    monkeypatch.setattr("finedeep.convert.publish.standalone_logits", stop)
+    monkeypatch.setattr("finedeep.convert.hub.push.standalone_logits", stop)
     assert main(["push", str(old), "org/model"]) == 2
     assert f"replace it: `finedeep refresh {old}`" in capsys.readouterr().err
     assert main(["push", str(old), "org/model", "--trust-remote-code"]) == 2

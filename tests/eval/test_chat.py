@@ -6,8 +6,8 @@ import shutil
 import lm_eval
 import pytest
 from finedeep.eval import EvaluationError, evaluate
-from finedeep.eval.chat import chat_template_of, check_same_template
-from finedeep.eval.scores import scores_of
+from finedeep.eval.compare.scores import scores_of
+from finedeep.eval.scoring.chat_template import chat_template_of, check_same_template
 from finedeep_cli import main
 from transformers import AutoTokenizer
 
@@ -36,7 +36,7 @@ def questions(tmp_path_factory):
 
 @pytest.mark.parametrize("multiturn", [True, False])
 def test_prompts_and_scores_are_the_harnesss_own(tmp_path, chatty, questions, multiturn):
-    from finedeep.eval.local_tasks import write_local_tasks
+    from finedeep.eval.scoring.local_tasks import write_local_tasks
 
     names = write_local_tasks(questions, tmp_path / "tasks", AutoTokenizer.from_pretrained(chatty))
     prompts = {"apply_chat_template": True, "fewshot_as_multiturn": multiturn, "system_instruction": "Be short."}

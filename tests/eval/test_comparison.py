@@ -4,7 +4,7 @@ import math
 
 import pytest
 from finedeep.eval import EvaluationError
-from finedeep.eval.comparison import compare, notes_of, sentence_of, table_of
+from finedeep.eval.compare.comparison import compare, notes_of, sentence_of, table_of
 
 
 def results_of(tasks, groups=None):

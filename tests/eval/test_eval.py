@@ -11,7 +11,7 @@ import pytest
 from finedeep.demo.questions import write_tasks
 from finedeep.demo.world import World
 from finedeep.eval import EvaluationError, evaluate, side_by_side
-from finedeep.eval.scores import scores_of
+from finedeep.eval.compare.scores import scores_of
 from finedeep_cli import main
 
 

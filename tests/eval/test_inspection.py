@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import byte_tokenizer, random_model
-from finedeep.eval import EvaluationError, activity, inspection
-from finedeep.eval.inspection import inspect
+from finedeep.eval import EvaluationError
+from finedeep.eval.inspect import inspection, recorder
+from finedeep.eval.inspect.inspection import inspect
 from finedeep_cli import main
 from transformers import (
     AutoModelForCausalLM,
@@ -72,7 +73,7 @@ def test_nsar_and_histogram_are_numpys(kind, text, request):
     folder = request.getfixturevalue(kind)
     _, acts, _, loss = hooked(folder, text)
     found = inspect(folder, text, tokens=6 * WINDOW, progress=False)
-    for t in activity.THRESHOLDS:
+    for t in recorder.THRESHOLDS:
         assert found["nsar"][str(t)] == pytest.approx(np.mean([np.abs(a) > t for a in acts]), rel=1e-6)
     per_layer = len(acts) // 2
     for layer in (0, 1):
@@ -163,16 +164,16 @@ def test_batches_and_pieces_do_not_matter(finedeep, text, monkeypatch):
 
 def test_wide_outputs_of_low_rank_are_projected(monkeypatch):
     """Four directions in the last of 512 dimensions, which leaving dimensions out would lose."""
-    monkeypatch.setattr(activity, "WIDEST", 256)
-    activity.projection.cache_clear()
+    monkeypatch.setattr(recorder, "WIDEST", 256)
+    recorder.projection.cache_clear()
     generator = torch.Generator().manual_seed(0)
     y = torch.zeros(1000, 512)
     y[:, 500:504] = torch.randn(1000, 4, generator=generator)
-    place = activity.Place(0, 0)
+    place = recorder.Place(0, 0)
     place.add_output(y)
     assert place.sums["moments"].shape == (256, 256)
-    assert activity.effective_rank(place.sums["moments"]) == pytest.approx(4, rel=0.02)
-    activity.projection.cache_clear()
+    assert recorder.effective_rank(place.sums["moments"]) == pytest.approx(4, rel=0.02)
+    recorder.projection.cache_clear()
 
 
 def test_the_command_writes_json_and_figures(tmp_path, capsys, finedeep, dense, text):
@@ -210,7 +211,7 @@ def test_without_matplotlib_the_message_says_how_to_get_it(tmp_path, capsys, mon
 
 def without(monkeypatch, *packages):
     """As if packages were not installed, for the modules that draw or compare, which have not been imported yet."""
-    for module in ("plots", "comparison", "paired"):
+    for module in ("inspect.plots", "compare.comparison", "compare.paired_statistics"):
         monkeypatch.delitem(sys.modules, f"finedeep.eval.{module}", raising=False)
         monkeypatch.delattr(f"finedeep.eval.{module}", raising=False)
     for name in [name for name in sys.modules if name.partition(".")[0] in packages]:

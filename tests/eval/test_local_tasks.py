@@ -7,9 +7,9 @@ import torch
 import yaml
 from conftest import byte_tokenizer
 from finedeep.eval import EvaluationError, evaluate
-from finedeep.eval.comparison import compare
-from finedeep.eval.local_tasks import GROUP, PASSAGE, read_passages, read_questions, write_local_tasks
-from finedeep.eval.scores import scores_of
+from finedeep.eval.compare.comparison import compare
+from finedeep.eval.compare.scores import scores_of
+from finedeep.eval.scoring.local_tasks import GROUP, PASSAGE, read_passages, read_questions, write_local_tasks
 from finedeep_cli import main
 
 GOOD = {"question": "2 + 2?", "choices": ["four", "five"], "answer": 0}

@@ -5,8 +5,8 @@ import math
 
 import numpy as np
 import pytest
-from finedeep.eval import paired
-from finedeep.eval.paired import difference_of, difference_of_means, holm
+from finedeep.eval.compare import paired_statistics as paired
+from finedeep.eval.compare.paired_statistics import difference_of, difference_of_means, holm
 from scipy import stats
 
 

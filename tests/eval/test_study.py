@@ -18,14 +18,15 @@ import pytest
 import torch
 import yaml
 from conftest import byte_tokenizer, make_dense, random_model
-from finedeep.convert.card import make_card, read_comparison, read_scores
-from finedeep.eval import EvaluationError, cost, evaluate
-from finedeep.eval.harness import SUITE
-from finedeep.eval.identity import identity_of
-from finedeep.eval.kept import KeptAnswers
+from finedeep.convert.hub.card import make_card, read_comparison, read_scores
+from finedeep.eval import EvaluationError, evaluate
+from finedeep.eval.compare.scores import scores_of
 from finedeep.eval.output import name_of
-from finedeep.eval.scores import scores_of
-from finedeep.eval.tokenization import check_same_tokenizer
+from finedeep.eval.report import cost
+from finedeep.eval.scoring.answer_cache import KeptAnswers
+from finedeep.eval.scoring.harness import SUITE
+from finedeep.eval.scoring.model_identity import identity_of
+from finedeep.eval.scoring.tokenizer_check import check_same_tokenizer
 from finedeep_cli import main
 from hub_server import running_hub
 from isolated import FORKS
@@ -145,7 +146,7 @@ def test_the_page_needs_nothing_else(done):
 
 
 def test_a_models_name_cannot_break_the_page(tmp_path, done):
-    from finedeep.eval.report import write_report
+    from finedeep.eval.report.page import write_report
 
     comparison = json.loads((done / "comparison.json").read_text())
     comparison["models"]["finedeep"] = "<script>alert(1)</script>"
@@ -172,7 +173,7 @@ def test_bits_per_byte_are_those_of_transformers_loss(dense, tmp_path, begins):
     model = with_tokens_around(dense, tmp_path / "model", *begins, "A")
     text = "It was a dark and stormy night, and so on. " * 2
     (tmp_path / "t.jsonl").write_text(json.dumps({"text": text}) + "\n")
-    from finedeep.eval.local_tasks import write_task
+    from finedeep.eval.scoring.local_tasks import write_task
 
     write_task(tmp_path, "t", "text", tmp_path / "t.jsonl")
     score = scores_of(evaluate(model, ["t"], include_path=tmp_path, device="cpu"))["t", "bits_per_byte", "none"]
@@ -233,7 +234,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, capsys):
 @pytest.fixture
 def sampling(tmp_path):
     """Two tasks of which each question is asked twice, and the answers are drawn."""
-    from finedeep.eval.local_tasks import write_task
+    from finedeep.eval.scoring.local_tasks import write_task
 
     for name in ("a", "b"):
         lines = [{"question": f"{name} {i}?", "answer": "no"} for i in range(3)]
@@ -363,7 +364,7 @@ def test_a_shelf_that_cannot_be_made(tmp_path, capsys, dense, questions):
 
 PLAN = """
 import json
-from finedeep.eval.study import plan_of
+from finedeep.eval.evaluation import plan_of
 print(json.dumps(plan_of({"dense": "org/dense"}, [], None, {})))
 """
 
@@ -414,13 +415,13 @@ def test_memory_that_runs_out_halves_the_batch(monkeypatch, capsys, dense, quest
     monkeypatch.setattr(LlamaForCausalLM, "forward", never)
     with pytest.raises(EvaluationError, match=r"no memory for .* smaller --dtype"):
         evaluate(dense, ["local_sums"], batch_size=1, **how)
-    monkeypatch.setattr("finedeep.eval.harness._check_logits", lambda *a: None)
+    monkeypatch.setattr("finedeep.eval.scoring.harness._check_logits", lambda *a: None)
     with pytest.raises(EvaluationError, match=r"memory has run out with 1 sequences.*smaller --batch-size"):
         evaluate(dense, ["local_sums"], batch_size=1, **how)
 
 
 def made(questions):
-    from finedeep.eval.local_tasks import write_local_tasks
+    from finedeep.eval.scoring.local_tasks import write_local_tasks
 
     write_local_tasks(questions, questions / "tasks", byte_tokenizer())
     return questions / "tasks"

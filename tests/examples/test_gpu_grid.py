@@ -13,7 +13,7 @@ import pytest
 import yaml
 from finedeep.demo.world import World
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 import gpu_grid  # noqa: E402
 from recipe import read_recipe, runs_of  # noqa: E402

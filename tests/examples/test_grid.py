@@ -14,9 +14,9 @@ import pytest
 import torch
 import yaml
 from finedeep.demo.world import World
-from finedeep.eval.cost import flops
+from finedeep.eval.report.cost import flops
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 sys.path.insert(0, str(EXAMPLES))
 import grid  # noqa: E402

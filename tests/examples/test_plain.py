@@ -15,7 +15,7 @@ import yaml
 from finedeep.demo.world import World
 from transformers import AutoTokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 import packed  # noqa: E402
 import plain  # noqa: E402

@@ -17,7 +17,7 @@ import yaml
 from finedeep.demo.world import World
 from transformers import AutoModelForCausalLM
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 from pretrain import DONE, changed, pretrain  # noqa: E402
 

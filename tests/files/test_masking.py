@@ -5,12 +5,12 @@ import json
 import pytest
 from conftest import make_dense
 from finedeep.convert import convert_checkpoint
-from finedeep.convert.hashing import sha256
-from finedeep.convert.healing import HEALING, HealingTrainer, heal
-from finedeep.convert.masking import MASK, masked, names_a_secret
+from finedeep.convert.heal.run import HEALING, HealingTrainer, heal
 from finedeep.convert.receipt import RECEIPT
-from finedeep.eval import study
+from finedeep.eval import evaluation
 from finedeep_cli import main
+from finedeep_files.hashing import sha256
+from finedeep_files.masking import MASK, masked, names_a_secret
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -141,12 +141,12 @@ def test_an_evaluation_writes_down_no_secret(tmp_path, dense, converted, monkeyp
     (questions / "one.jsonl").write_text(f"{line}\n" * 2)
     out, left = tmp_path / "results", []
 
-    def conclude(*arguments, conclude=study._conclude):
+    def conclude(*arguments, conclude=evaluation._conclude):
         assert (tmp_path / ".results.unfinished/plan.json").is_file()
         left.append(files_with(tmp_path, SECRET))
         return conclude(*arguments)
 
-    monkeypatch.setattr(study, "_conclude", conclude)
+    monkeypatch.setattr(evaluation, "_conclude", conclude)
     words = ["--local", str(questions), "--set", f"token={SECRET}", "--set", f"cache_dir={tmp_path}/{SECRET}"]
     words += ["--baseline", str(dense), "--output", str(out), "--answers", str(tmp_path / "answers"), "--quiet"]
     assert main(["eval", str(converted), *words]) == 0

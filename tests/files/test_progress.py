@@ -4,9 +4,9 @@ import re
 
 import pytest
 from finedeep.convert import convert_checkpoint
-from finedeep.convert.calibration_text import sampled_windows
-from finedeep.convert.healing import heal
-from finedeep.convert.progress import Progress, in_words
+from finedeep.convert.calibrate.text import sampled_windows
+from finedeep.convert.heal.run import heal
+from finedeep_files.progress import Progress, in_words
 from transformers import LlamaForCausalLM
 
 

@@ -6,7 +6,7 @@ import struct
 import pytest
 import torch
 from finedeep.convert import ConversionError
-from finedeep.convert.shards import Entry, FolderWriter, ShardWriter, parse_size, plan_shards, size, write_index
+from finedeep_files.shards import Entry, FolderWriter, ShardWriter, parse_size, plan_shards, size, write_index
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file

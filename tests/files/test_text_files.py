@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import byte_tokenizer
 from finedeep.convert import ConversionError, convert_checkpoint
-from finedeep.convert.calibration_text import read_tokens
-from finedeep.convert.healing_data import healing_windows
-from finedeep.convert.text_files import read_documents
+from finedeep.convert.calibrate.text import read_tokens
+from finedeep.convert.heal.data import healing_windows
 from finedeep.eval import EvaluationError
-from finedeep.eval.inspection import check_text
+from finedeep.eval.inspect.inspection import check_text
+from finedeep_files.text_files import read_documents
 
 DOCUMENTS = [f"document {i}, a short one." for i in range(200)]
 
