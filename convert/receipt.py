@@ -15,14 +15,16 @@ from finedeep_files.errors import ConversionError
 from finedeep_files.hashing import sha256
 from finedeep_files.masking import masked
 from finedeep_files.whole_file import write_whole
+from huggingface_hub import ModelCard
 
 from .assignment import PADDING
-from .hub.card import RECEIPT, licence_of
 from .plan import Plan
-from .source import read_json
+from .source import CARD, read_json
 
+RECEIPT = "finedeep_conversion.json"
 # No safetensors file: vLLM, for one, takes every one that lies beside the weights for weights.
 NEURONS = "finedeep_neurons.json"
+LICENCE_FIELDS = ("license", "license_name", "license_link")
 PACKAGES = ("finedeep", "transformers", "torch", "safetensors")
 
 
@@ -66,6 +68,15 @@ def write_receipt(
         "versions": versions(),
     }
     write_json(folder / RECEIPT, receipt)
+
+
+def licence_of(folder: Path) -> dict[str, str]:
+    """What the card of a checkpoint says of its licence: some of license, license_name and license_link."""
+    try:
+        data = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.to_dict()
+    except Exception:  # no card, or one that is no card: a stranger's file
+        return {}
+    return {field: data[field] for field in LICENCE_FIELDS if isinstance(data.get(field), str)}
 
 
 def without_place(value: Any) -> Any:

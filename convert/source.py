@@ -43,6 +43,7 @@ COMPANIONS = (
     "USE_POLICY*",
 )
 ADAPTER = "adapter_config.json"
+CARD = "README.md"
 OURS = "finedeep_*"  # receipts of a converted model
 # More than any real configuration, index or tokenizer has; json needs some ten times as much memory.
 MAX_JSON_BYTES = 200 * 10**6
@@ -201,7 +202,7 @@ def _local_folder(source: str | Path, revision: str | None, check: Check) -> Pat
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
 
     try:
-        folder = fetch(["config.json", ADAPTER, "README.md", INDEX, *COMPANIONS, OURS], revision)
+        folder = fetch(["config.json", ADAPTER, CARD, INDEX, *COMPANIONS, OURS], revision)
         check_no_adapter(folder)
         check(read_json(folder / "config.json", "the model's configuration"), str(source))
         # Not "*.safetensors": some repositories have all weights in another form too.

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from finedeep_files.masking import masked
+from finedeep_files.names import COMPARISON
 from finedeep_files.processes import is_first_process, is_needed, process_number, share
 from finedeep_files.whole_file import write_whole
 
-from ..convert.hub.card import COMPARISON
 from .compare.comparison import compare, notes_of, sentence_of, table_of
 from .compare.scores import Results
 from .compare.table import side_by_side

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from finedeep_files.names import COMPARISON
 from finedeep_files.working_folder import Contents, WorkingFolder
 
-from ..convert.hub.card import COMPARISON
 from .errors import EvaluationError
 
 LIST = "finedeep_results.json"  # of all files that were written

@@ -17,7 +17,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from ..tokenization import load_tokenizer
+from ..tokenization import tokenizer_of
 
 SELF = "self"
 HELD_OUT = 1 / 16  # of the windows
@@ -81,7 +81,7 @@ def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase:
     try:
         if not any((folder / name).is_file() for name in VOCABULARIES):  # some versions make an empty one up
             raise FileNotFoundError(f"none of {', '.join(VOCABULARIES)}")
-        return load_tokenizer(folder)
+        return tokenizer_of(folder)
     except Exception as error:  # what is raised where there is none differs by version
         raise ConversionError(
             f"{folder} has no tokenizer that can be loaded ({' '.join(str(error).split())[:200]}); one beside the "

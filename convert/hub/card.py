@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from finedeep_files.errors import ConversionError
+from finedeep_files.names import COMPARISON
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..receipt import LICENCE_FIELDS, RECEIPT
 from ..source import read_json
 
 PAPER = "2502.12928"
-CARD = "README.md"
-COMPARISON = "comparison.json"
-RECEIPT = "finedeep_conversion.json"
 TEMPLATE = """---
 {{ card_data }}
 ---
@@ -52,16 +51,6 @@ GATES = {"sigmoid": "a sigmoid", "softmax": "a softmax over its sub-layer's expe
 SCORED = {"expert_output": "its own output", "hidden_state": "what the sub-layer reads"}
 ROUTING = {"routing_function": GATES, "routing_input": SCORED}  # the first is the default
 SIZES = ("num_expert_sublayers", "num_experts_per_sublayer", "num_hidden_layers", "intermediate_size")
-LICENCE_FIELDS = ("license", "license_name", "license_link")
-
-
-def licence_of(folder: Path) -> dict[str, str]:
-    """What the card of a checkpoint says of its licence: some of license, license_name and license_link."""
-    try:
-        data = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.to_dict()
-    except Exception:  # no card, or one that is no card: a stranger's file
-        return {}
-    return {field: data[field] for field in LICENCE_FIELDS if isinstance(data.get(field), str)}
 
 
 def read_scores(path: Path) -> list[EvalResult]:

@@ -13,8 +13,8 @@ from huggingface_hub.utils import disable_progress_bars
 
 from ..code_files import CODE_FILES, advice, auto_map_of, copy_code, missing_code
 from ..receipt import NEURONS, RECEIPT, read_receipt, versions
-from ..source import COMPANIONS, OURS, inside, read_json
-from .card import CARD, make_card, read_comparison, read_scores
+from ..source import CARD, COMPANIONS, OURS, inside, read_json
+from .card import make_card, read_comparison, read_scores
 from .refusals import AGAIN, hub_errors
 from .standalone import standalone_logits
 

@@ -19,8 +19,7 @@ from huggingface_hub.utils import disable_progress_bars
 from ...configuration_finedeep import AUTO_MAP, FinedeepConfig, __version__
 from ..code_files import CODE, CODE_FILES, MARKED, UNMARKED, auto_map_of, is_newer, missing_code, version_in
 from ..receipt import RECEIPT, as_json, read_receipt, versions
-from ..source import check_finedeep, read_json
-from .card import CARD
+from ..source import CARD, check_finedeep, read_json
 from .refusals import hub_errors
 from .standalone import standalone_logits
 

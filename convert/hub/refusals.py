@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from finedeep_files.errors import ConversionError, one_line
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-from .card import CARD
+from ..source import CARD
 
 # What an HTTP status of the Hub means for somebody who pushes, and what to do.
 REASONS = {

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from finedeep_files.loading_bars import without_loading_bars
 from finedeep_files.text_files import JSON_LINES
+from finedeep_files.tokenizers import load_tokenizer
 from finedeep_files.whole_file import write_whole
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compare.table import aligned_markdown
 from ..errors import EvaluationError, cannot_load
 from ..output import INSPECTED, INSPECTION, working_folder
 from .recorder import EDGES, THRESHOLDS, Place, places_of, rates, watch
 
-TAU = "0.1"  # the threshold of NSAR unless said otherwise
 WINDOW = 512  # tokens, or as many as the model has positions for
 BATCH = 4  # windows
 PIECE = 2**16  # characters that are tokenised at a time
@@ -49,7 +49,7 @@ def inspect(
 
     Returns:
         JSON-able: `loss` in nats per token, `nsar` overall by threshold, `histogram` of act(gate) with its `edges`,
-        `layers` with the NSAR of each, `places` with everything by sub-layer (see `activity.Place`), and for a Finedeep
+        `layers` with the NSAR of each, `places` with everything by sub-layer (see `recorder.Place`), and for a Finedeep
         model `tokens` and `token_gates` (layer, M, K) of the text's beginning.
 
     Raises:
@@ -97,7 +97,7 @@ def load(model: str | Path, device: str | None, dtype: str) -> tuple[PreTrainedM
     """A model and its tokenizer. Raises `EvaluationError` where one cannot be loaded."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        tokenizer = load_tokenizer(model)
         with without_loading_bars():
             loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=False)
             loaded = loaded.to(device).eval()
