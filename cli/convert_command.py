@@ -90,9 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of 4,096 tokens, for each layer; 0: closed-form corrections only (default: %(default)s)",
     )
-    option(
-        "--seed", type=int, default=0, help="for random, clusters, new weights, calibration and the probe (default: 0)"
-    )
+    option("--seed", type=int, default=0, help="for random, clusters, new weights and calibration (default: 0)")
     option(
         "--routing-input",
         choices=("expert_output", "hidden_state"),
@@ -157,9 +155,6 @@ def run(arguments: argparse.Namespace) -> None:
     if done.calibration:
         cut, calibrated = (max(getattr(layer, rung) for layer in done.calibration) for rung in ("cut", "calibrated"))
         print(f"  layers' relative errors on held-out text: up to {cut:.2f} as cut, {calibrated:.2f} calibrated")
-    else:
-        worst = max(done.relative_ffn_difference)
-        print(f"  FFN outputs differ by up to {worst:.1e} of the dense ones on a probe batch")
     if done.exact:
         print("  exact: the logits equal the dense model's")
         if arguments.calibrate:

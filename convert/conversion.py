@@ -14,7 +14,6 @@ import torch
 from finedeep_files.errors import ConversionError
 from finedeep_files.hashing import sha256
 from finedeep_files.shards import INDEX, FolderWriter, write_index
-from finedeep_files.whole_file import write_whole
 from finedeep_files.working_folder import Contents
 from tqdm import tqdm
 
@@ -25,13 +24,11 @@ from .code_files import CODE_FILES, copy_code
 from .cut import made
 from .destination import check_room, whole_folder, working_folder
 from .plan import Options, Plan, make_plan, same_plan
-from .probe import LayerProbe, probe_tokens
 from .receipt import NEURONS, RECEIPT, read_neuron_table, versions, write_neuron_table, write_receipt
 from .source import COMPANIONS, TOKENIZER_CONFIG, DenseCheckpoint, copy_companion, open_checkpoint, read_json
 from .tensor_mapping import Target
 from .tokenization import keep_tokens
 
-DIFFERENCES = "differences.json"  # of layers that have been probed
 SMALL_FILES = 50 * 10**6  # a generous share of the disk for tokenizer, code and configuration
 
 
@@ -47,7 +44,6 @@ class Conversion:
     dense_parameters: int
     finedeep_parameters: int
     exact: bool
-    relative_ffn_difference: list[float]
     calibration: list[LayerErrors]
 
 
@@ -107,7 +103,7 @@ def convert_checkpoint(
             calibration.run()
         neurons = _neurons_of(plan, calibration, folder, progress)
         with _one_thread():
-            differences = _write_weights(folder, work.path / DIFFERENCES, plan, neurons, calibration, progress)
+            _write_weights(folder, plan, neurons, calibration, progress)
         write_index(folder, plan.shards)
         plan.config.save_pretrained(folder)
         _write_companions(folder, plan.dense)
@@ -119,7 +115,7 @@ def convert_checkpoint(
         revision_found = None if is_folder else plan.dense.folder.name
         record = calibration.record() if calibration is not None else None
         errors = calibration.errors() if calibration is not None else []
-        write_receipt(folder, plan, name, revision_found, found, differences, record)
+        write_receipt(folder, plan, name, revision_found, found, record)
     return Conversion(
         folder=work.destination,
         num_expert_sublayers=plan.options.num_expert_sublayers,
@@ -129,7 +125,6 @@ def convert_checkpoint(
         dense_parameters=plan.dense_parameters,
         finedeep_parameters=plan.finedeep_parameters,
         exact=plan.exact,
-        relative_ffn_difference=differences,
         calibration=errors,
     )
 
@@ -149,7 +144,7 @@ def _contents(plan: Plan) -> Contents:
     return Contents(
         command="convert",
         result=(*shards, INDEX, "config.json", *code, *COMPANIONS, NEURONS, RECEIPT),
-        private=(*windows, *layers, DIFFERENCES),
+        private=(*windows, *layers),
         kept=(*(f"result/{name}" for name in (*shards, NEURONS)), *layers, *sampled),
         receipt=RECEIPT,
     )
@@ -212,58 +207,24 @@ def _one_thread() -> Iterator[None]:
 
 
 def _write_weights(
-    folder: Path,
-    differences: Path,
-    plan: Plan,
-    neurons: list[torch.Tensor],
-    calibration: Calibration | None,
-    progress: bool,
-) -> list[float]:
-    """Write the shards that are not there yet. Returns each layer's relative difference on the probe batch.
-
-    Calibrated layers are not probed: they have been measured on the stream itself.
-    """
-    known: dict[str, float] = {}
-    if differences.exists():
-        known = json.loads(differences.read_text(encoding="utf-8"))
-    shard_of = {entry.name: shard for shard in plan.shards for entry in shard.entries}
-    finished = {shard.file_name for shard in plan.shards if (folder / shard.file_name).exists()}
-    sizes = {entry.name: entry.nbytes for shard in plan.shards for entry in shard.entries}
+    folder: Path, plan: Plan, neurons: list[torch.Tensor], calibration: Calibration | None, progress: bool
+) -> None:
+    """Write the shards that are not there yet."""
+    missing = [shard for shard in plan.shards if not (folder / shard.file_name).exists()]
+    sizes = {entry.name: entry.nbytes for shard in missing for entry in shard.entries}
     by_layer: dict[int, list[Target]] = {}
     for target in plan.targets:
-        by_layer.setdefault(target.layer, []).append(target)
-    h = _probe_batch(plan)
+        if target.name in sizes:
+            by_layer.setdefault(target.layer, []).append(target)
     bar = tqdm(total=plan.nbytes, desc="Converting", unit="B", unit_scale=True, disable=None if progress else True)
-    done = 0
-    with bar, FolderWriter(folder, plan.shards) as writer:
-        for layer, layer_targets in by_layer.items():
-            missing = {t.name for t in layer_targets if shard_of[t.name].file_name not in finished}
-            probed = layer >= 0 and calibration is None and str(layer) not in known
-            ready = calibration.tensors(layer) if calibration is not None and layer >= 0 else {}
-            probe = _layer_probe(h, plan, layer) if probed else None
-            wanted = [target for target in layer_targets if probed or target.name in missing]
-            for target, blocks in made(plan, wanted, neurons, probe, ready):
+    bar.update(plan.nbytes - sum(sizes.values()))
+    with bar, FolderWriter(folder, missing) as writer:
+        for layer, wanted in by_layer.items():
+            calibrated = calibration.tensors(layer) if calibration is not None and layer >= 0 else {}
+            for target, blocks in made(plan, wanted, neurons, calibrated):
                 for rows in blocks:
-                    if target.name in missing:
-                        writer.write(target.name, rows)
-            done += len(layer_targets)
-            bar.update(sum(sizes[target.name] for target in layer_targets))
-            bar.set_postfix_str(f"{done}/{len(plan.targets)} tensors", refresh=False)
-            if probe is not None:
-                known[str(layer)] = probe.difference()
-                write_whole(differences, json.dumps(known))
-    return [known[str(i)] for i in range(plan.dense_config.num_hidden_layers) if str(i) in known]
-
-
-def _probe_batch(plan: Plan) -> torch.Tensor:
-    """(tokens, hidden) embeddings of tokens drawn by the seed, as they enter the first layer."""
-    tokens = probe_tokens(plan.config.vocab_size, plan.options.seed)
-    return plan.dense.load_rows("model.embed_tokens.weight", tokens).float() * plan.config.embedding_multiplier
-
-
-def _layer_probe(h: torch.Tensor, plan: Plan, layer: int) -> LayerProbe:
-    norm = plan.dense.load(f"model.layers.{layer}.post_attention_layernorm.weight")
-    return LayerProbe(h, norm, plan.config)
+                    writer.write(target.name, rows)
+                bar.update(sizes[target.name])
 
 
 def _write_companions(folder: Path, dense: DenseCheckpoint) -> None:

@@ -34,7 +34,6 @@ def write_receipt(
     source: str,
     revision: str | None,
     hashes: dict[str, str],
-    differences: Sequence[float],
     calibration: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `finedeep_conversion.json`.
@@ -45,7 +44,6 @@ def write_receipt(
         source: the Hub id, or the source folder's name.
         revision: the commit of a Hub source.
         hashes: SHA-256 of each source file.
-        differences: for each layer, ||cut - dense|| / ||dense|| of the FFN's output on the probe batch.
         calibration: what `Calibration.record` says.
     """
     text = plan.options.text
@@ -63,7 +61,6 @@ def write_receipt(
         "exact": plan.exact,
         "padded_neurons": plan.padded_neurons,
         "parameters": {"dense": plan.dense_parameters, "finedeep": plan.finedeep_parameters},
-        "relative_ffn_difference": [float(f"{difference:.2e}") for difference in differences],
         "calibration": calibration,
         "versions": versions(),
     }

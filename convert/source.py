@@ -112,12 +112,6 @@ class DenseCheckpoint:
             )
         return tensor
 
-    def load_rows(self, name: str, rows: list[int]) -> torch.Tensor:
-        """Read some rows of a tensor."""
-        with _opened(self.tensors[name].file) as file:
-            part = file.get_slice(name)
-            return torch.cat([part[row : row + 1] for row in rows])
-
     def companions(self) -> Iterator[Path]:
         """Tokenizer, generation config, chat template and licence files."""
         return companions_in(self.folder)
