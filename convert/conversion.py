@@ -14,7 +14,8 @@ import torch
 from finedeep_files.errors import ConversionError
 from finedeep_files.hashing import sha256
 from finedeep_files.shards import INDEX, FolderWriter, write_index
-from finedeep_files.working_folder import Contents
+from finedeep_files.versions import versions
+from finedeep_files.working_folder import Contents, WorkingFolder
 from tqdm import tqdm
 
 from .assignment import FORMULAS, assign
@@ -22,9 +23,8 @@ from .calibrate.run import LAYER, WINDOWS, Calibration, LayerErrors, best_device
 from .calibrate.text import SELF
 from .code_files import CODE_FILES, copy_code
 from .cut import made
-from .destination import check_room, whole_folder, working_folder
 from .plan import Options, Plan, make_plan, same_plan
-from .receipt import NEURONS, RECEIPT, read_neuron_table, versions, write_neuron_table, write_receipt
+from .receipt import NEURONS, RECEIPT, read_neuron_table, write_neuron_table, write_receipt
 from .source import COMPANIONS, TOKENIZER_CONFIG, DenseCheckpoint, copy_companion, open_checkpoint, read_json
 from .tensor_mapping import Target
 from .tokenization import keep_tokens
@@ -83,7 +83,7 @@ def convert_checkpoint(
         ConversionError: the source cannot be converted as asked, or the destination is not empty. Nothing is changed
             there; what is finished stays in the hidden folder beside it.
     """
-    work = working_folder(destination, resume=resume, overwrite=overwrite)
+    work = WorkingFolder(Path(destination), ConversionError, resume, overwrite)
     work.check()
     plan = plan_conversion(source, revision=revision, **options)
     if plan.much_padding:
@@ -92,11 +92,11 @@ def convert_checkpoint(
     kept = sum(
         e.nbytes for shard in plan.shards for e in shard.entries if plan.options.calibrates and ".sublayers." in e.name
     )
-    check_room(work, plan.nbytes + kept + SMALL_FILES)
+    work.check_room(plan.nbytes + kept + SMALL_FILES)
     same = {**same_plan(plan), "versions": versions()}
     if plan.options.calibrates:
         same["device"] = best_device().type
-    with whole_folder(work, _contents(plan), same) as folder, _background() as background:
+    with work.begun(_contents(plan), same) as folder, _background() as background:
         hashes = {file.name: background.submit(sha256, file) for file in plan.dense.files}
         calibration = Calibration(plan, work.path, progress) if plan.options.calibrates else None
         if calibration is not None:

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from finedeep_files.errors import ConversionError, one_line
-from finedeep_files.shards import INDEX, Entry, FolderWriter, parse_size, plan_shards, write_index
-from finedeep_files.working_folder import Contents
+from finedeep_files.shards import INDEX, Entry, FolderWriter, plan_shards, write_index
+from finedeep_files.sizes import parse_size
+from finedeep_files.working_folder import Contents, WorkingFolder
 from tqdm import tqdm
 
 from ..configuration_finedeep import ROUTING_FUNCTIONS, FinedeepConfig
 from .assignment import FORMULAS, PADDING, Layer, assign, layer_generator
-from .destination import check_room, whole_folder, working_folder
 from .families import FAMILIES
 from .plan import (
     NOT_INHERITED,
@@ -74,7 +74,7 @@ def export_checkpoint(
             the sub-layers' output, or, without a receipt, attention that Llama does not have; or the receipt is of
             another model.
     """
-    work = working_folder(destination)
+    work = WorkingFolder(Path(destination), ConversionError)
     work.check()
     held = open_checkpoint(source, check=check_finedeep)
     config = _finedeep_config(held)
@@ -112,11 +112,11 @@ def export_checkpoint(
     dtype_of = {stored: held.tensors[_ours(names[0][0])].dtype for stored, names in parts.items()}
     shards = plan_shards([Entry(name, shapes[name], dtype_of[name]) for name in shapes], parse_size(max_shard_size))
     nbytes = sum(shard.nbytes for shard in shards)
-    check_room(work, nbytes)
+    work.check_room(nbytes)
     plan = {"source": str(held.folder.resolve()), "shards": [[shard.file_name, shard.nbytes] for shard in shards]}
     bar = tqdm(total=nbytes, desc="Exporting", unit="B", unit_scale=True, disable=None if progress else True)
     contents = Contents("export", (*(shard.file_name for shard in shards), INDEX, "config.json", *COMPANIONS))
-    with whole_folder(work, contents, plan) as folder, bar:
+    with work.begun(contents, plan) as folder, bar:
         with FolderWriter(folder, shards) as writer:
             for entry in (entry for shard in shards for entry in shard.entries):
                 rows = [_dense_tensor(held, name, neurons) for name, _ in sorted(parts[entry.name], key=_start)]

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from finedeep_files.errors import ConversionError, check_seed, check_whole_number, one_line
 from finedeep_files.hashing import sha256
-from finedeep_files.shards import Entry, Shard, parse_size, plan_shards, size
+from finedeep_files.shards import Entry, Shard, plan_shards
+from finedeep_files.sizes import parse_size, size
 from transformers import LlamaConfig, PretrainedConfig
 
 from ..configuration_finedeep import FinedeepConfig

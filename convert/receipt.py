@@ -6,7 +6,6 @@ The same source, options and versions give the same receipt and the same weights
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from finedeep_files.errors import ConversionError
 from finedeep_files.hashing import sha256
 from finedeep_files.masking import masked
+from finedeep_files.versions import versions
 from finedeep_files.whole_file import write_whole
 from huggingface_hub import ModelCard
 
@@ -25,7 +25,6 @@ RECEIPT = "finedeep_conversion.json"
 # No safetensors file: vLLM, for one, takes every one that lies beside the weights for weights.
 NEURONS = "finedeep_neurons.json"
 LICENCE_FIELDS = ("license", "license_name", "license_link")
-PACKAGES = ("finedeep", "transformers", "torch", "safetensors")
 
 
 def write_receipt(
@@ -84,11 +83,6 @@ def without_place(value: Any) -> Any:
     if Path(value).exists():
         return Path(value).absolute().name
     return f"{Path(name).absolute().name}{colon}{rest}" if Path(name).exists() else value
-
-
-def versions(*others: str) -> dict[str, str]:
-    """Of the packages that decide what is made, and of others."""
-    return {package: version(package) for package in (*PACKAGES, *others)}
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "eval.inspect": ("files", *MODEL, "eval.errors", "eval.output", "eval.compare"),
     "eval.report": ("files", *MODEL, "eval.errors", "eval.output", "eval.compare", "eval.inspect"),
     "eval": ("files", *MODEL, "eval"),
-    "demo": ("", "files", "convert", "eval"),
+    "demo": ("files", "convert", "eval"),
     "cli": ("files", "convert", "eval", "demo"),
 }
 

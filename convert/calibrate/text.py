@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from finedeep_files.errors import ConversionError
+from finedeep_files.errors import ConversionError, one_line
 from finedeep_files.progress import Progress
 from finedeep_files.text_files import read_documents
 from transformers import (
@@ -84,7 +84,7 @@ def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase:
         return tokenizer_of(folder)
     except Exception as error:  # what is raised where there is none differs by version
         raise ConversionError(
-            f"{folder} has no tokenizer that can be loaded ({' '.join(str(error).split())[:200]}); one beside the "
+            f"{folder} has no tokenizer that can be loaded ({one_line(error)}); one beside the "
             "weights is wanted to read texts."
         ) from error
 

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from finedeep_files.errors import ConversionError, check_seed, check_whole_number
+from finedeep_files.errors import ConversionError, check_seed, check_whole_number, one_line
 from finedeep_files.hashing import sha256
 from finedeep_files.loading_bars import without_loading_bars
 from finedeep_files.masking import masked
 from finedeep_files.names import LISTED
 from finedeep_files.progress import in_words, say, seconds_for
 from finedeep_files.shards import INDEX, WEIGHTS, save_whole
+from finedeep_files.versions import versions
 from finedeep_files.working_folder import Contents, WorkingFolder
 from safetensors.torch import load_file
 from torch import nn
@@ -37,8 +38,7 @@ from ...configuration_finedeep import FinedeepConfig
 from ...modeling_finedeep import FinedeepForCausalLM
 from ..calibrate.text import SELF, held_out
 from ..code_files import CODE_FILES, copy_code
-from ..destination import working_folder
-from ..receipt import NEURONS, RECEIPT, read_receipt, versions, without_place, write_json
+from ..receipt import NEURONS, RECEIPT, read_receipt, without_place, write_json
 from ..source import COMPANIONS, DenseCheckpoint, check_finedeep, copy_companion, open_checkpoint
 from .data import healing_windows
 from .training_checkpoints import ArgumentsWithoutSecrets, train_to_the_end
@@ -270,7 +270,7 @@ def heal(
     """
     o = HealingOptions(**options)
     o.check()
-    work = working_folder(destination, resume=resume, overwrite=overwrite)
+    work = WorkingFolder(Path(destination), ConversionError, resume, overwrite)
     work.check()
     checkpoint = open_checkpoint(model, check=check_finedeep)
     model = checkpoint.folder
@@ -360,7 +360,7 @@ def _student_config(model: Path) -> FinedeepConfig:
     try:
         config = FinedeepConfig.from_pretrained(model)
     except Exception as error:  # the file may be a stranger's, and what a bad one raises differs by version
-        raise ConversionError(f"{model}/config.json is no Finedeep configuration that works: {_one_line(error)}") from (
+        raise ConversionError(f"{model}/config.json is no Finedeep configuration that works: {one_line(error)}") from (
             error
         )
     if config.max_position_embeddings < 2:
@@ -387,7 +387,7 @@ def _teacher(teacher: str, student: FinedeepConfig) -> PreTrainedModel:
     except ConversionError:
         raise
     except Exception as error:  # a stranger's files, and what bad ones raise differs by version
-        raise ConversionError(f"the teacher {teacher} cannot be loaded ({_one_line(error)}).") from error
+        raise ConversionError(f"the teacher {teacher} cannot be loaded ({one_line(error)}).") from error
 
 
 def _student(model: Path) -> FinedeepForCausalLM:
@@ -397,7 +397,7 @@ def _student(model: Path) -> FinedeepForCausalLM:
             model, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # as above
-        raise ConversionError(f"{model} cannot be loaded ({_one_line(error)}).") from error
+        raise ConversionError(f"{model} cannot be loaded ({one_line(error)}).") from error
     for what in ("missing", "unexpected"):
         if names := found[f"{what}_keys"]:
             raise ConversionError(
@@ -422,10 +422,6 @@ def _hidden_states(o: HealingOptions, student: FinedeepConfig, teacher: PreTrain
             f"{shapes[1][1]}, so that hidden states cannot be compared; hidden_states=0 goes without."
         )
     return 0.0
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def _training_arguments(o: HealingOptions, work: Path, progress: bool) -> TrainingArguments:
@@ -457,7 +453,7 @@ def _training_arguments(o: HealingOptions, work: Path, progress: bool) -> Traini
     except ImportError as error:
         raise ConversionError("healing wants accelerate, for transformers' Trainer: pip install accelerate.") from error
     except (TypeError, ValueError) as error:
-        raise ConversionError(f"TrainingArguments: {_one_line(error)}") from error
+        raise ConversionError(f"TrainingArguments: {one_line(error)}") from error
 
 
 def _prepare(

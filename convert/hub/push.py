@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from finedeep_files.errors import ConversionError, one_line
 from finedeep_files.masking import masked
+from finedeep_files.versions import versions
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
 from huggingface_hub.utils import disable_progress_bars
 
 from ..code_files import CODE_FILES, advice, auto_map_of, copy_code, missing_code
-from ..receipt import NEURONS, RECEIPT, read_receipt, versions
+from ..receipt import NEURONS, RECEIPT, read_receipt
 from ..source import CARD, COMPANIONS, OURS, inside, read_json
 from .card import make_card, read_comparison, read_scores
 from .refusals import AGAIN, hub_errors

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from finedeep_files.errors import ConversionError, one_line
 from finedeep_files.inputs import check_model
+from finedeep_files.versions import versions
 from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 from huggingface_hub.utils import disable_progress_bars
 
 from ...configuration_finedeep import AUTO_MAP, FinedeepConfig, __version__
 from ..code_files import CODE, CODE_FILES, MARKED, UNMARKED, auto_map_of, is_newer, missing_code, version_in
-from ..receipt import RECEIPT, as_json, read_receipt, versions
+from ..receipt import RECEIPT, as_json, read_receipt
 from ..source import CARD, check_finedeep, read_json
 from .refusals import hub_errors
 from .standalone import standalone_logits

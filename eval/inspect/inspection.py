@@ -12,12 +12,13 @@ from finedeep_files.loading_bars import without_loading_bars
 from finedeep_files.text_files import JSON_LINES
 from finedeep_files.tokenizers import load_tokenizer
 from finedeep_files.whole_file import write_whole
+from finedeep_files.working_folder import WorkingFolder
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compare.table import aligned_markdown
 from ..errors import EvaluationError, cannot_load
-from ..output import INSPECTED, INSPECTION, working_folder
+from ..output import INSPECTED, INSPECTION
 from .recorder import EDGES, THRESHOLDS, Place, places_of, rates, watch
 
 WINDOW = 512  # tokens, or as many as the model has positions for
@@ -220,7 +221,7 @@ def rows_of(inspections: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 
 def prepare(folder: str | Path, overwrite: bool = False) -> None:
     """Raise `EvaluationError` where `save` could not write into a folder, or nothing can be drawn."""
-    working_folder(folder, overwrite=overwrite).check()
+    WorkingFolder(Path(folder), EvaluationError, overwrite=overwrite).check()
     _plots()
 
 
@@ -236,7 +237,7 @@ def save(inspections: Mapping[str, Mapping[str, Any]], folder: str | Path, overw
         EvaluationError: the folder cannot be made; or nothing can be drawn, but `inspection.json` is written.
     """
     names, missing = [INSPECTION], None
-    with working_folder(folder, overwrite=overwrite).begun(INSPECTED, {}) as made:
+    with WorkingFolder(Path(folder), EvaluationError, overwrite=overwrite).begun(INSPECTED, {}) as made:
         write_whole(made / INSPECTION, json.dumps(inspections, indent=1))
         try:
             plots = _plots()

@@ -4,6 +4,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from finedeep_files import tokenizers
+from finedeep_files.errors import one_line
 from finedeep_files.tokenizers import PROBE, first_difference
 from transformers import PreTrainedTokenizerBase
 
@@ -45,9 +46,7 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     try:
         return tokenizers.load_tokenizer(model)
     except Exception as error:  # what is raised where there is none differs by version
-        raise EvaluationError(
-            f"{model} has no tokenizer that can be loaded ({' '.join(str(error).split())[:200]})."
-        ) from error
+        raise EvaluationError(f"{model} has no tokenizer that can be loaded ({one_line(error)}).") from error
 
 
 def beginning_of(model: str | Path) -> str:
