@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finedeep_files.conversion_options import Options
 from finedeep_files.errors import ConversionError
 from finedeep_files.hashing import sha256
+from finedeep_files.options import SELF, takes_options
 from finedeep_files.shards import INDEX, FolderWriter, write_index
 from finedeep_files.versions import versions
 from finedeep_files.working_folder import Contents, WorkingFolder
@@ -20,10 +22,9 @@ from tqdm import tqdm
 
 from .assignment import FORMULAS, assign
 from .calibrate.run import LAYER, WINDOWS, Calibration, LayerErrors, best_device
-from .calibrate.text import SELF
 from .code_files import CODE_FILES, copy_code
 from .cut import made
-from .plan import Options, Plan, make_plan, same_plan
+from .plan import Plan, make_plan, same_plan
 from .receipt import NEURONS, RECEIPT, read_neuron_table, write_neuron_table, write_receipt
 from .source import COMPANIONS, TOKENIZER_CONFIG, DenseCheckpoint, copy_companion, open_checkpoint, read_json
 from .tensor_mapping import Target
@@ -47,6 +48,7 @@ class Conversion:
     calibration: list[LayerErrors]
 
 
+@takes_options(Options)
 def convert_checkpoint(
     source: str | Path,
     destination: str | Path,
@@ -129,6 +131,7 @@ def convert_checkpoint(
     )
 
 
+@takes_options(Options)
 def plan_conversion(source: str | Path, *, revision: str | None = None, **options: Any) -> Plan:
     """What `convert_checkpoint` would do: reads the configuration and the headers, writes nothing."""
     return make_plan(open_checkpoint(source, revision), Options(**options))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finedeep_files.conversion_options import Options
 from finedeep_files.errors import ConversionError, one_line
 from finedeep_files.shards import INDEX, Entry, FolderWriter, plan_shards, write_index
 from finedeep_files.sizes import parse_size
@@ -16,19 +17,11 @@ from tqdm import tqdm
 from ..configuration_finedeep import ROUTING_FUNCTIONS, FinedeepConfig
 from .assignment import FORMULAS, PADDING, Layer, assign, layer_generator
 from .families import FAMILIES
-from .plan import (
-    NOT_INHERITED,
-    ROPE_FIELDS,
-    Options,
-    check_layers,
-    check_tensors,
-    finedeep_config,
-    harmless,
-    options_from,
-)
+from .plan import NOT_INHERITED, ROPE_FIELDS, finedeep_config, harmless, options_from
 from .receipt import NEURONS, RECEIPT, read_neuron_table, read_receipt
 from .source import COMPANIONS, DenseCheckpoint, check_finedeep, copy_companion, open_checkpoint
 from .tensor_mapping import SUBLAYER, Piece, dense_shapes, family_config, pieces, some, targets
+from .validation import check_layers, check_tensors
 
 # What a Llama's configuration cannot say, and the value that it would have to have.
 BEYOND_LLAMA: dict[str, Any] = {

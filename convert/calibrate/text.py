@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from finedeep_files.errors import ConversionError, one_line
+from finedeep_files.options import SELF
 from finedeep_files.progress import Progress
 from finedeep_files.text_files import read_documents
 from transformers import (
@@ -19,7 +20,6 @@ from transformers import (
 
 from ..tokenization import tokenizer_of
 
-SELF = "self"
 HELD_OUT = 1 / 16  # of the windows
 WINDOW = 512  # tokens, or as many as the model has positions for
 AT_A_TIME = 512  # texts that are sampled at a time, at most

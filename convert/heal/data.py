@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 from finedeep_files.errors import ConversionError, one_line
+from finedeep_files.options import SELF
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..calibrate.text import (
-    SELF,
     check_vocabulary,
     document_tokens,
     read_tokens,
