@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 import transformers
+from finedeep_files import timing
+from finedeep_files.processor import processor
 from tqdm import tqdm
 
 from ..configuration_finedeep import __version__
-from . import cases, growth, memory, quick, results, starting, timing
+from . import cases, growth, memory, quick, results, starting
 from .models import DTYPES, SHAPES, largest_difference, parameters_of
-from .processor import processor
 from .readme import check_marks, put_into_readme
 
 Job = tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from finedeep_files.timing import Work, interleaved, let_go
 from transformers import Cache, DynamicCache, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 from .models import CONTENDERS, SHAPES, build
-from .timing import Work, interleaved, let_go
 
 DECODED = 8  # tokens, one after the other, in a timed run of decoding
 CONTEXT = 128  # tokens in the cache before

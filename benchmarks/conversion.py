@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from finedeep import __version__
 from finedeep.benchmarks.readme import put_into_readme
-from finedeep.convert.shards import Entry, ShardWriter, plan_shards, write_index
+from finedeep_files.shards import Entry, ShardWriter, plan_shards, write_index
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parents[1]

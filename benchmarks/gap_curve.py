@@ -10,9 +10,9 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..convert.healing import HealingOptions
+from ..convert.heal.run import HealingOptions
 from ..convert.plan import Options
-from ..eval.plots import COLOURS, STYLE
+from ..eval.inspect.plots import COLOURS, STYLE
 
 MARKERS = {"closed form": "^", "layer by layer": "o", "healed": "s", "healed longer": "D"}
 

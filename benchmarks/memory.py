@@ -16,10 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from finedeep_files.timing import wait_for
 
 from .cases import WORKS, Case
 from .models import CONTENDERS, SHAPES, build
-from .timing import wait_for
 
 # Attention of 1,024 tokens and a small batch, so that activations are several times the weights, as in real training.
 TRAINING = Case("train", 4, 1024)

@@ -141,12 +141,12 @@ def run(arguments: argparse.Namespace) -> None:
         os.environ["TQDM_DISABLE"] = "1"  # before the libraries are imported that draw bars
     else:
         given["say"] = lambda line: print(line, file=sys.stderr, flush=True)
-    from finedeep.eval.harness import require_harness
+    from finedeep.eval.scoring.harness import require_harness
 
     require_harness()
     from finedeep.convert.code_files import advice
-    from finedeep.eval.processes import is_first_process
-    from finedeep.eval.study import score, study
+    from finedeep.eval.evaluation import score, study
+    from finedeep_files.processes import is_first_process
 
     if is_first_process() and (line := advice(model, given["model_args"].get("revision"))):
         print(line, file=sys.stderr, flush=True)

@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
     WorkingFolder(Path(arguments.destination), resume=arguments.resume, overwrite=arguments.overwrite).check()
     for model in filter(None, (arguments.model, arguments.teacher)):
         check_model(model)
-    from finedeep.convert.healing import heal, is_main_process
+    from finedeep.convert.heal.run import heal, is_main_process
 
     given = vars(arguments).copy()
     given.pop("run", None)

@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
         check_model(model)
     check_text(arguments.text)
     from finedeep.convert.code_files import advice
-    from finedeep.eval.inspection import inspect, prepare, save, table_of
+    from finedeep.eval.inspect.inspection import inspect, prepare, save, table_of
 
     if line := advice(arguments.model):
         print(line, file=sys.stderr)

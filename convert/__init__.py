@@ -1,11 +1,12 @@
 """Dense Llama-style checkpoints become Finedeep checkpoints."""
 
-from .checkpoint import Conversion, convert_checkpoint, plan_conversion
-from .errors import ConversionError
+from finedeep_files.errors import ConversionError
+
+from .assignment import register_assignment
+from .conversion import Conversion, convert_checkpoint, plan_conversion
 from .export import export_checkpoint
-from .neurons import register_assignment
-from .publish import push_folder
-from .refresh import refresh_code
+from .hub.push import push_folder
+from .hub.refresh import refresh_code
 
 __all__ = [
     "Conversion",

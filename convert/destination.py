@@ -6,10 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from finedeep_files.errors import ConversionError
+from finedeep_files.shards import size
 from finedeep_files.working_folder import Contents, WorkingFolder
-
-from .errors import ConversionError
-from .shards import size
 
 
 def working_folder(

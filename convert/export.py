@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finedeep_files.errors import ConversionError, one_line
+from finedeep_files.shards import INDEX, Entry, FolderWriter, parse_size, plan_shards, write_index
 from finedeep_files.working_folder import Contents
 from tqdm import tqdm
 
 from ..configuration_finedeep import ROUTING_FUNCTIONS, FinedeepConfig
+from .assignment import FORMULAS, PADDING, Layer, assign, layer_generator
 from .destination import check_room, whole_folder, working_folder
-from .errors import ConversionError, one_line
 from .families import FAMILIES
-from .mapping import SUBLAYER, Piece, dense_shapes, family_config, pieces, some, targets
-from .neurons import FORMULAS, PADDING, Layer, assign, layer_generator
 from .plan import (
     NOT_INHERITED,
     ROPE_FIELDS,
@@ -27,8 +27,8 @@ from .plan import (
     options_from,
 )
 from .receipt import NEURONS, RECEIPT, read_neuron_table, read_receipt
-from .shards import Entry, FolderWriter, parse_size, plan_shards, write_index
-from .source import COMPANIONS, INDEX, DenseCheckpoint, check_finedeep, copy_companion, open_checkpoint
+from .source import COMPANIONS, DenseCheckpoint, check_finedeep, copy_companion, open_checkpoint
+from .tensor_mapping import SUBLAYER, Piece, dense_shapes, family_config, pieces, some, targets
 
 # What a Llama's configuration cannot say, and the value that it would have to have.
 BEYOND_LLAMA: dict[str, Any] = {

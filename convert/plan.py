@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finedeep_files.errors import ConversionError, check_seed, check_whole_number, one_line
+from finedeep_files.hashing import sha256
+from finedeep_files.shards import Entry, Shard, parse_size, plan_shards, size
 from transformers import LlamaConfig, PretrainedConfig
 
 from ..configuration_finedeep import FinedeepConfig
-from .errors import ConversionError, check_seed, check_whole_number, one_line
+from .assignment import ASSIGNMENTS, Layer, layer_generator
 from .families import FAMILIES, Family
-from .hashing import sha256
-from .kinds import check_kind
-from .mapping import RECOMPUTED, Target, dense_shapes, family_config, pieces, some, targets
-from .neurons import ASSIGNMENTS, Layer, layer_generator
-from .shards import Entry, Shard, parse_size, plan_shards, size
 from .source import DenseCheckpoint
+from .tensor_mapping import RECOMPUTED, Target, dense_shapes, family_config, pieces, some, targets
+from .validation import check_kind
 
 Measure = Callable[[], torch.Tensor]
 MODES = {

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finedeep_files.errors import ConversionError
+from finedeep_files.hashing import sha256
+from finedeep_files.masking import masked
 from finedeep_files.whole_file import write_whole
 
-from .card import RECEIPT, licence_of
-from .errors import ConversionError
-from .hashing import sha256
-from .masking import masked
-from .neurons import PADDING
+from .assignment import PADDING
+from .hub.card import RECEIPT, licence_of
 from .plan import Plan
 from .source import read_json
 

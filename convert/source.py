@@ -10,19 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finedeep_files.errors import ConversionError
 from finedeep_files.inputs import check_model
+from finedeep_files.loading_bars import without_loading_bars
+from finedeep_files.shards import DTYPES, INDEX, WEIGHTS
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
 from ..configuration_finedeep import FinedeepConfig
-from .errors import ConversionError
 from .families import check_family
-from .loading_bars import without_loading_bars
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 TOKENIZER_CONFIG = "tokenizer_config.json"
 MORE_TEMPLATES = "additional_chat_templates/*.jinja"  # beside the default, as transformers saves them
@@ -45,7 +44,6 @@ COMPANIONS = (
 )
 ADAPTER = "adapter_config.json"
 OURS = "finedeep_*"  # receipts of a converted model
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # More than any real configuration, index or tokenizer has; json needs some ten times as much memory.
 MAX_JSON_BYTES = 200 * 10**6
 SHARD_NAME = re.compile(r"[\w-][\w.-]{0,200}\.safetensors")

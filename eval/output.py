@@ -4,7 +4,7 @@ from pathlib import Path
 
 from finedeep_files.working_folder import Contents, WorkingFolder
 
-from ..convert.card import COMPARISON
+from ..convert.hub.card import COMPARISON
 from .errors import EvaluationError
 
 LIST = "finedeep_results.json"  # of all files that were written

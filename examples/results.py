@@ -21,11 +21,11 @@ from typing import Any
 import from_checkout  # noqa: F401
 import yaml
 from finedeep.benchmarks.readme import README, put_into_readme
-from finedeep.eval.activity import EDGES
-from finedeep.eval.inspection import TAU
-from finedeep.eval.plots import STYLE, activations
-from finedeep.eval.scores import Score
-from finedeep.eval.table import aligned_markdown
+from finedeep.eval.compare.scores import Score
+from finedeep.eval.compare.table import aligned_markdown
+from finedeep.eval.inspect.inspection import TAU
+from finedeep.eval.inspect.plots import STYLE, activations
+from finedeep.eval.inspect.recorder import EDGES
 from larger import read_larger, tables_of_larger
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg

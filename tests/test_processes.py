@@ -14,8 +14,8 @@ import yaml
 from conftest import TINY
 from finedeep import FinedeepConfig, FinedeepForCausalLM
 from finedeep.eval import evaluate
-from finedeep.eval.local_tasks import write_task
-from finedeep.eval.scores import scores_of
+from finedeep.eval.compare.scores import scores_of
+from finedeep.eval.scoring.local_tasks import write_task
 from lm_eval.models.huggingface import HFLM
 
 SCRIPTS = pathlib.Path(__file__).parent / "processes"

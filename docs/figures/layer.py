@@ -10,6 +10,7 @@ OUT = Path(__file__).with_suffix(".svg")
 WIDTH, HEIGHT = 860, 400
 INK, SOFT, LINE = "#1f2933", "#52606d", "#7b8794"
 FILLS = {"norm": "#e4e7eb", "attention": "#d9e8f6", "expert": "#fdeec9", "gate": "#f9d0b4", "sublayer": "#f7f8fa"}
+SIGMA, TIMES = "\N{GREEK SMALL LETTER SIGMA}", "\N{MULTIPLICATION SIGN}"
 FONT = "font-family='Helvetica, Arial, sans-serif'"
 
 
@@ -23,7 +24,8 @@ def box(x: float, y: float, width: float, height: float, kind: str, *lines: str,
 
 
 def text(x: float, y: float, words: str, size: int = 13, fill: str = INK, anchor: str = "middle") -> str:
-    return f"<text x='{x}' y='{y}' font-size='{size}' fill='{fill}' text-anchor='{anchor}' {FONT}>{escape(words)}</text>"
+    where = f"x='{x}' y='{y}' text-anchor='{anchor}'"
+    return f"<text {where} font-size='{size}' fill='{fill}' {FONT}>{escape(words)}</text>"
 
 
 def path(*points: tuple[float, float], arrow: bool = True) -> str:
@@ -71,9 +73,9 @@ def sublayer() -> list[str]:
             box(232, y - 19, 226, 38, "expert", f"E_{name} = W_down (act(W_gate n) · W_up n)", size=12),
             path((458, y), (655, y)),
             path((480, y), (480, y + 20), (500, y + 20), arrow=False),
-            box(500, y + 8, 116, 24, "gate", f"g_{name} = c σ(⟨w_{name}, E_{name}⟩)", size=11),
+            box(500, y + 8, 116, 24, "gate", f"g_{name} = c {SIGMA}(⟨w_{name}, E_{name}⟩)", size=11),
             path((616, y + 20), (666, y + 20), (666, y + 11)),
-            circle(666, y, "×"),
+            circle(666, y, TIMES),
             path((677, y), (722, y), (722, middle), (733, middle)),
         ]
     parts += [text(345, 294, "⋮", size=20), circle(744, middle, "Σ"), path((755, middle), (783, middle))]

@@ -10,8 +10,9 @@ import sys
 os.environ["ACCELERATE_USE_CPU"] = "true"
 
 import torch
-from finedeep.eval import evaluate, harness
-from finedeep.eval.scores import scores_of
+from finedeep.eval import evaluate
+from finedeep.eval.compare.scores import scores_of
+from finedeep.eval.scoring import harness
 from lm_eval.models.huggingface import HFLM
 
 

@@ -1,0 +1,276 @@
+"""Convert a dense checkpoint into a Finedeep checkpoint."""
+
+import json
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from finedeep_files.errors import ConversionError
+from finedeep_files.hashing import sha256
+from finedeep_files.shards import INDEX, FolderWriter, write_index
+from finedeep_files.whole_file import write_whole
+from finedeep_files.working_folder import Contents
+from tqdm import tqdm
+
+from .assignment import FORMULAS, assign
+from .calibrate.run import LAYER, WINDOWS, Calibration, LayerErrors, best_device
+from .calibrate.text import SELF
+from .code_files import CODE_FILES, copy_code
+from .cut import made
+from .destination import check_room, whole_folder, working_folder
+from .plan import Options, Plan, make_plan, same_plan
+from .probe import LayerProbe, probe_tokens
+from .receipt import NEURONS, RECEIPT, read_neuron_table, versions, write_neuron_table, write_receipt
+from .source import COMPANIONS, TOKENIZER_CONFIG, DenseCheckpoint, copy_companion, open_checkpoint, read_json
+from .tensor_mapping import Target
+from .tokenization import keep_tokens
+
+DIFFERENCES = "differences.json"  # of layers that have been probed
+SMALL_FILES = 50 * 10**6  # a generous share of the disk for tokenizer, code and configuration
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion did. Sizes are numbers of parameters, tied ones counted once."""
+
+    folder: Path
+    num_expert_sublayers: int
+    num_experts_per_sublayer: int
+    expert_intermediate_size: int
+    padded_neurons: int
+    dense_parameters: int
+    finedeep_parameters: int
+    exact: bool
+    relative_ffn_difference: list[float]
+    calibration: list[LayerErrors]
+
+
+def convert_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    revision: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+    **options: Any,
+) -> Conversion:
+    """Cut every FFN of a dense checkpoint into M sub-layers of K experts, with the weights unchanged.
+
+    Gates start at exactly 1. With M = 1, and in grow mode, the logits equal the dense model's to rounding; otherwise
+    they do not, because the second sub-layer reads a residual stream that the first has already changed.
+
+    Weights go from file to file one tensor at a time. The folder appears at `destination` when it is complete.
+
+    Args:
+        source: a local folder with a safetensors checkpoint (one file or shards), or a Hub id.
+        destination: the folder to make.
+        revision: branch, tag or commit of a Hub source.
+        resume: whether to continue from what a stopped run of the same conversion has finished.
+        overwrite: whether to replace the files of a finished run at the destination, as its receipt lists them, and to
+            start again where a run was stopped.
+        progress: whether to show a progress bar on stderr.
+        options: the fields of `Options`, among them `num_expert_sublayers` (M), `num_experts_per_sublayer` (K; where
+            M * K does not divide the FFN's width, zero neurons fill it up), `mode`, `assignment`, `seed`, `dtype` and
+            `max_shard_size`.
+
+    Returns:
+        What was done, with the folder.
+
+    Raises:
+        ConversionError: the source cannot be converted as asked, or the destination is not empty. Nothing is changed
+            there; what is finished stays in the hidden folder beside it.
+    """
+    work = working_folder(destination, resume=resume, overwrite=overwrite)
+    work.check()
+    plan = plan_conversion(source, revision=revision, **options)
+    if plan.much_padding:
+        warnings.warn(plan.much_padding, stacklevel=2)
+    # A calibrated layer is kept on the disk, until all are, and then written into its shard.
+    kept = sum(
+        e.nbytes for shard in plan.shards for e in shard.entries if plan.options.calibrates and ".sublayers." in e.name
+    )
+    check_room(work, plan.nbytes + kept + SMALL_FILES)
+    same = {**same_plan(plan), "versions": versions()}
+    if plan.options.calibrates:
+        same["device"] = best_device().type
+    with whole_folder(work, _contents(plan), same) as folder, _background() as background:
+        hashes = {file.name: background.submit(sha256, file) for file in plan.dense.files}
+        calibration = Calibration(plan, work.path, progress) if plan.options.calibrates else None
+        if calibration is not None:
+            calibration.run()
+        neurons = _neurons_of(plan, calibration, folder, progress)
+        with _one_thread():
+            differences = _write_weights(folder, work.path / DIFFERENCES, plan, neurons, calibration, progress)
+        write_index(folder, plan.shards)
+        plan.config.save_pretrained(folder)
+        _write_companions(folder, plan.dense)
+        copy_code(folder)
+        keep_tokens(plan.dense.folder, folder, plan.config.vocab_size)
+        found = {name: future.result() for name, future in hashes.items()}
+        is_folder = Path(source).is_dir()
+        name = plan.dense.folder.resolve().name if is_folder else str(source)
+        revision_found = None if is_folder else plan.dense.folder.name
+        record = calibration.record() if calibration is not None else None
+        errors = calibration.errors() if calibration is not None else []
+        write_receipt(folder, plan, name, revision_found, found, differences, record)
+    return Conversion(
+        folder=work.destination,
+        num_expert_sublayers=plan.options.num_expert_sublayers,
+        num_experts_per_sublayer=plan.options.num_experts_per_sublayer,
+        expert_intermediate_size=plan.config.expert_intermediate_size,
+        padded_neurons=plan.padded_neurons,
+        dense_parameters=plan.dense_parameters,
+        finedeep_parameters=plan.finedeep_parameters,
+        exact=plan.exact,
+        relative_ffn_difference=differences,
+        calibration=errors,
+    )
+
+
+def plan_conversion(source: str | Path, *, revision: str | None = None, **options: Any) -> Plan:
+    """What `convert_checkpoint` would do: reads the configuration and the headers, writes nothing."""
+    return make_plan(open_checkpoint(source, revision), Options(**options))
+
+
+def _contents(plan: Plan) -> Contents:
+    """All files of a conversion. A text is quickly read again; one that was sampled is worth keeping."""
+    shards = [shard.file_name for shard in plan.shards]
+    code = [file.name for file in CODE_FILES]
+    layers = [LAYER.format("*")] if plan.options.calibrates else []
+    windows = [WINDOWS] if layers else []
+    sampled = windows if plan.options.calibrate == SELF else []
+    return Contents(
+        command="convert",
+        result=(*shards, INDEX, "config.json", *code, *COMPANIONS, NEURONS, RECEIPT),
+        private=(*windows, *layers, DIFFERENCES),
+        kept=(*(f"result/{name}" for name in (*shards, NEURONS)), *layers, *sampled),
+        receipt=RECEIPT,
+    )
+
+
+def _neurons_of(plan: Plan, calibration: Calibration | None, folder: Path, progress: bool) -> list[torch.Tensor]:
+    """For each layer, (M, K, e) numbers of dense neurons; in grow mode the first sub-layer has them all.
+
+    Measured ones are kept in the folder: measured again, by a run that goes on, they need not come out the same.
+    """
+    layers = range(plan.dense_config.num_hidden_layers)
+    if calibration is not None:
+        neurons = [calibration.neurons(i) for i in layers]
+    elif (folder / NEURONS).exists():
+        neurons = read_neuron_table(folder, len(layers), plan.dense_config.intermediate_size)
+    else:
+        neurons = _assigned(plan, progress)
+    if plan.options.assignment not in FORMULAS:
+        write_neuron_table(folder, neurons)
+    return neurons
+
+
+def _assigned(plan: Plan, progress: bool) -> list[torch.Tensor]:
+    """As `_neurons_of`, by the assignment that was asked for, which may measure."""
+
+    @cache
+    def activities() -> list[torch.Tensor]:
+        from .calibrate.neuron_statistics import mean_activity
+
+        return mean_activity(plan.dense.folder, plan.dense_config, Path(plan.options.text), progress)
+
+    def not_measured() -> torch.Tensor:
+        raise ConversionError("nonlinearity is measured in calibration only; add --calibrate (calibrate=).")
+
+    return [
+        assign(plan.options.assignment, plan.layer(i, lambda i=i: activities()[i], not_measured))
+        for i in range(plan.dense_config.num_hidden_layers)
+    ]
+
+
+@contextmanager
+def _background() -> Iterator[ThreadPoolExecutor]:
+    """A thread whose waiting work is dropped when this ends, so that nobody waits for hashes after an error."""
+    thread = ThreadPoolExecutor(1)
+    try:
+        yield thread
+    finally:
+        thread.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep torch to one thread: reading, hashing and writing, each in a thread of its own, are what takes time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _write_weights(
+    folder: Path,
+    differences: Path,
+    plan: Plan,
+    neurons: list[torch.Tensor],
+    calibration: Calibration | None,
+    progress: bool,
+) -> list[float]:
+    """Write the shards that are not there yet. Returns each layer's relative difference on the probe batch.
+
+    Calibrated layers are not probed: they have been measured on the stream itself.
+    """
+    known: dict[str, float] = {}
+    if differences.exists():
+        known = json.loads(differences.read_text(encoding="utf-8"))
+    shard_of = {entry.name: shard for shard in plan.shards for entry in shard.entries}
+    finished = {shard.file_name for shard in plan.shards if (folder / shard.file_name).exists()}
+    sizes = {entry.name: entry.nbytes for shard in plan.shards for entry in shard.entries}
+    by_layer: dict[int, list[Target]] = {}
+    for target in plan.targets:
+        by_layer.setdefault(target.layer, []).append(target)
+    h = _probe_batch(plan)
+    bar = tqdm(total=plan.nbytes, desc="Converting", unit="B", unit_scale=True, disable=None if progress else True)
+    done = 0
+    with bar, FolderWriter(folder, plan.shards) as writer:
+        for layer, layer_targets in by_layer.items():
+            missing = {t.name for t in layer_targets if shard_of[t.name].file_name not in finished}
+            probed = layer >= 0 and calibration is None and str(layer) not in known
+            ready = calibration.tensors(layer) if calibration is not None and layer >= 0 else {}
+            probe = _layer_probe(h, plan, layer) if probed else None
+            wanted = [target for target in layer_targets if probed or target.name in missing]
+            for target, blocks in made(plan, wanted, neurons, probe, ready):
+                for rows in blocks:
+                    if target.name in missing:
+                        writer.write(target.name, rows)
+            done += len(layer_targets)
+            bar.update(sum(sizes[target.name] for target in layer_targets))
+            bar.set_postfix_str(f"{done}/{len(plan.targets)} tensors", refresh=False)
+            if probe is not None:
+                known[str(layer)] = probe.difference()
+                write_whole(differences, json.dumps(known))
+    return [known[str(i)] for i in range(plan.dense_config.num_hidden_layers) if str(i) in known]
+
+
+def _probe_batch(plan: Plan) -> torch.Tensor:
+    """(tokens, hidden) embeddings of tokens drawn by the seed, as they enter the first layer."""
+    tokens = probe_tokens(plan.config.vocab_size, plan.options.seed)
+    return plan.dense.load_rows("model.embed_tokens.weight", tokens).float() * plan.config.embedding_multiplier
+
+
+def _layer_probe(h: torch.Tensor, plan: Plan, layer: int) -> LayerProbe:
+    norm = plan.dense.load(f"model.layers.{layer}.post_attention_layernorm.weight")
+    return LayerProbe(h, norm, plan.config)
+
+
+def _write_companions(folder: Path, dense: DenseCheckpoint) -> None:
+    for file in dense.companions():
+        copy = copy_companion(file, dense.folder, folder)
+        if file.name == TOKENIZER_CONFIG:
+            content = read_json(file, "the tokenizer's configuration")
+            # The user will load this folder with trust_remote_code: it must not point at anybody else's code.
+            content.pop("auto_map", None)
+            copy.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

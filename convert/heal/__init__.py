@@ -1,0 +1,1 @@
+"""Healing: distillation of the whole converted model from its dense teacher."""
