@@ -108,8 +108,11 @@ def _check(arguments: argparse.Namespace) -> None:
         WorkingFolder(Path(arguments.output), resume=arguments.resume, overwrite=arguments.overwrite).check()
     elif arguments.resume or arguments.overwrite:
         raise InputError("--resume and --overwrite are about what is in an --output folder; name it.")
-    for model in filter(None, (arguments.model, arguments.baseline)):
+    models = [model for model in (arguments.model, arguments.baseline) if model]
+    for model in models:
         check_model(model)
+    if "revision" in dict(arguments.model_args) and all(Path(model).is_dir() for model in models):
+        raise InputError(f"{' and '.join(models)}: a folder has no revisions; leave out --set revision.")
     if not arguments.tasks and not arguments.local:
         raise InputError("there is nothing to score; name tasks of the harness (--tasks) or a folder (--local).")
     if arguments.text and not arguments.baseline:

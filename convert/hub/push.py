@@ -2,6 +2,7 @@
 
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from finedeep_files.errors import ConversionError, one_line
 from finedeep_files.masking import masked
 from finedeep_files.versions import versions
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
+from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars
 
 from ..code_files import CODE_FILES, advice, auto_map_of, copy_code, missing_code
@@ -90,20 +92,17 @@ def push_folder(
     tell = (lambda text: print(text, file=sys.stderr, flush=True)) if say else (lambda text: None)
     if line := advice(folder):
         tell(line)
+    api = HfApi()
+    _check_repository(api, repo_id, private)
     tell(f"Loading {folder} as anybody would ...")
     with tempfile.TemporaryDirectory(prefix="finedeep-push-") as place:
         model = folder.resolve() if trust_remote_code else _with_own_code(folder, Path(place) / "model")
         here = standalone_logits(str(model), called=str(folder))
-    api = HfApi()
     if not say:
         disable_progress_bars()
     with hub_errors(repo_id):
         api.create_repo(repo_id, private=private, exist_ok=True)
-        if private and not api.repo_info(repo_id).private:
-            raise ConversionError(
-                f"{repo_id} exists and is public; nothing was uploaded. Make it private in its settings, name another "
-                "repository, or push without --private."
-            )
+        _check_repository(api, repo_id, private)  # somebody else may have made it meanwhile
         tell(f"Uploading {len(files)} files to {repo_id} ...")
         if revision:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -132,6 +131,17 @@ def push_folder(
             f"{repo_id} at {pushed.oid} gives other logits than {folder}. Do not use that revision; {AGAIN}."
         )
     return Push(repo_id, pushed.oid, pushed.pr_url or f"{api.endpoint}/{repo_id}")
+
+
+def _check_repository(api: HfApi, repo_id: str, private: bool) -> None:
+    """Raise `ConversionError` where the Hub refuses the token, or where a private repository exists as a public one."""
+    with hub_errors(repo_id), suppress(RepositoryNotFoundError):
+        public = not api.repo_info(repo_id).private
+        if private and public:
+            raise ConversionError(
+                f"{repo_id} exists and is public; nothing was uploaded. Make it private in its settings, name another "
+                "repository, or push without --private."
+            )
 
 
 def _check(folder: Path) -> dict:

@@ -11,6 +11,7 @@ import resource
 import shutil
 import struct
 import tempfile
+import warnings
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_convert import fingerprint
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 # Each example converts a whole, if tiny, model; a conversion that takes ten seconds counts as a hang.
 PROPERTY = settings(
@@ -320,6 +321,72 @@ def test_what_lies_at_the_destination_and_in_the_hidden_folder(original, states,
         assert [path.name for path in (place / "victim").iterdir()] == ["thesis.txt"]
         ours = {"out", WORK, "victim", *(path.relative_to(place).parts[0] for path in put)}
         assert {path.name for path in place.iterdir()} <= ours
+
+
+def same_tokens(source, out):
+    """Whether AutoTokenizer gives the same tokens for both, or nothing for the source."""
+    try:
+        expected = AutoTokenizer.from_pretrained(source, trust_remote_code=False)(TEXT)["input_ids"]
+    except Exception:  # a stranger's files, and classes of many kinds
+        return True
+    try:
+        return AutoTokenizer.from_pretrained(out, trust_remote_code=False)(TEXT)["input_ids"] == expected
+    except Exception:
+        return False
+
+
+TEXT = "Hello <s> [X] 3.14\n"
+TOKENIZER_FIELDS = """tokenizer_class add_bos_token add_eos_token bos_token eos_token unk_token pad_token legacy
+    added_tokens_decoder clean_up_tokenization_spaces model_max_length chat_template padding_side auto_map
+    extra_special_tokens add_prefix_space backend model_input_names""".split()
+TOKENIZER_CLASSES = "LlamaTokenizer LlamaTokenizerFast GPT2Tokenizer TokenizersBackend Qwen2Tokenizer No".split()
+TOKENS = st.sampled_from(["<s>", "[X]", "H", "", LONG, {"content": "[X]"}, {"__type": "AddedToken", "content": "[X]"}])
+IDS = st.integers(-2, 300) | st.sampled_from([2**31, 2**63, "1", [1, 2], [], None])
+
+
+@settings(PROPERTY, max_examples=max(PROPERTY.max_examples // 6, 1), deadline=60_000)  # AutoTokenizer takes its time
+@given(
+    fields=st.dictionaries(
+        st.sampled_from(TOKENIZER_FIELDS), JSON | TOKENS | st.sampled_from(TOKENIZER_CLASSES), max_size=3
+    ),
+    ids=st.dictionaries(st.sampled_from(["bos_token_id", "eos_token_id", "pad_token_id"]), IDS, max_size=2),
+    added=st.lists(st.tuples(st.integers(0, 400), TOKENS.filter(lambda token: isinstance(token, str))), max_size=2),
+    missing=st.sampled_from(["", "tokenizer.json", "tokenizer_config.json"]),
+)
+@example(fields={}, ids={"bos_token_id": 2**63}, added=[], missing="")
+@example(fields={"tokenizer_class": "LlamaTokenizer"}, ids={}, added=[(300, "[X]")], missing="")
+@example(fields={"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}, ids={}, added=[], missing="")
+def test_tokenizers_that_disagree_with_the_model(original, fields, ids, added, missing):
+    """Another class, tokens beyond the vocabulary, ids that are none, files that are not there.
+
+    Where the source's tokenizer loads, the converted folder's gives the same tokens, or a warning says that it doesn't.
+    """
+
+    def damage(folder):
+        for name, changes in (("tokenizer_config.json", fields), ("config.json", ids)):
+            write_json(name, {**json.loads((folder / name).read_text()), **changes})(folder)
+        content = json.loads((folder / "tokenizer.json").read_text())
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        content["added_tokens"] += [{"id": i, "content": token, "special": True, **flags} for i, token in added]
+        write_json("tokenizer.json", content)(folder)
+        if missing:
+            (folder / missing).unlink()
+
+    with tempfile.TemporaryDirectory() as place:
+        source, out = shutil.copytree(original, Path(place) / "source"), Path(place) / "out"
+        damage(source)
+        before = fingerprint(source)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            refusal = ""
+            try:
+                convert_checkpoint(source, out, num_expert_sublayers=1, progress=False)
+            except ConversionError as error:
+                refusal = str(error)
+        assert fingerprint(source) == before
+        assert {path.name for path in Path(place).iterdir()} == {"source", *([] if refusal else ["out"])}
+        assert len(refusal) < 2000
+        assert refusal or same_tokens(source, out) or any("okenizer" in str(warning.message) for warning in told)
 
 
 def test_pickles_beside_safetensors_are_never_opened(original):

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -135,9 +136,19 @@ def test_a_hub_that_gives_back_other_weights_is_noticed(finedeep_folder):
         refused(push(finedeep_folder, environment), "gives other logits", "Do not use that revision")
 
 
+class ReadOnlyHub:
+    """A Hub with the repository, which is public, to which nothing may be written."""
+
+    def repo_info(self, repo_id):
+        return SimpleNamespace(private=False)
+
+    def __getattr__(self, name):
+        pytest.fail(f"{name} of the Hub was called")
+
+
 @pytest.fixture
 def no_hub(monkeypatch):
-    monkeypatch.setattr("finedeep.convert.hub.push.HfApi", lambda: pytest.fail("the Hub was spoken to"))
+    monkeypatch.setattr("finedeep.convert.hub.push.HfApi", ReadOnlyHub)
 
 
 def test_a_folder_that_does_not_load_is_not_pushed(tmp_path, finedeep_folder, no_hub):
@@ -159,14 +170,14 @@ def test_a_folders_own_code_is_not_run_unasked(tmp_path, finedeep_folder, no_hub
     assert not (tmp_path / "was_run").exists()
 
 
-def test_what_is_run_is_the_packages_code(tmp_path, finedeep_folder, monkeypatch):
+def test_what_is_run_is_the_packages_code(tmp_path, finedeep_folder, no_hub, monkeypatch):
     """Even where a file is changed after it was compared."""
     folder = shutil.copytree(finedeep_folder, tmp_path / "out")
     monkeypatch.setattr(
         "finedeep.convert.hub.push._check_code",
         lambda folder: (folder / "modeling_finedeep.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')\n"),
     )
-    monkeypatch.setattr("finedeep.convert.hub.push.HfApi", lambda: 1 / 0)
+    monkeypatch.setattr(ReadOnlyHub, "create_repo", lambda *_, **__: 1 / 0, raising=False)
     with pytest.raises(ZeroDivisionError):  # so far it has come: the model was loaded
         push_folder(folder, "org/model", say=False)
     assert not (tmp_path / "was_run").exists()
