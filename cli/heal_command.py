@@ -50,13 +50,14 @@ def run(arguments: argparse.Namespace) -> None:
     WorkingFolder(Path(arguments.destination), resume=arguments.resume, overwrite=arguments.overwrite).check()
     for model in filter(None, (arguments.model, arguments.teacher)):
         check_model(model)
-    from finedeep.convert.heal.run import heal, is_main_process
+    from finedeep.convert.heal import heal
+    from finedeep_files.processes import is_first_process
 
     given = vars(arguments).copy()
     given.pop("run", None)
     model, destination, quiet = given.pop("model"), given.pop("destination"), given.pop("quiet")
     done = heal(model, destination, progress=not quiet, **{**given, "training": dict(given["training"])})
-    if quiet or not is_main_process():
+    if quiet or not is_first_process():
         return
     print(f"{done.folder}: trained on {done.tokens_seen:,} tokens; on held-out ones, in nats per token:")
     names = {"next_token": "next-token loss", "divergence": "KL from the teacher"}

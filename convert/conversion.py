@@ -1,6 +1,5 @@
 """Convert a dense checkpoint into a Finedeep checkpoint."""
 
-import json
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ import torch
 from finedeep_files.conversion_options import Options
 from finedeep_files.errors import ConversionError
 from finedeep_files.hashing import sha256
+from finedeep_files.json_files import read_json, write_json
 from finedeep_files.options import SELF, takes_options
 from finedeep_files.shards import INDEX, FolderWriter, write_index
 from finedeep_files.versions import versions
@@ -26,7 +26,7 @@ from .code_files import CODE_FILES, copy_code
 from .cut import made
 from .plan import Plan, make_plan, same_plan
 from .receipt import NEURONS, RECEIPT, read_neuron_table, write_neuron_table, write_receipt
-from .source import COMPANIONS, TOKENIZER_CONFIG, DenseCheckpoint, copy_companion, open_checkpoint, read_json
+from .source import COMPANIONS, TOKENIZER_CONFIG, DenseCheckpoint, copy_companion, open_checkpoint
 from .tensor_mapping import Target
 from .tokenization import keep_tokens
 
@@ -90,11 +90,7 @@ def convert_checkpoint(
     plan = plan_conversion(source, revision=revision, **options)
     if plan.much_padding:
         warnings.warn(plan.much_padding, stacklevel=2)
-    # A calibrated layer is kept on the disk, until all are, and then written into its shard.
-    kept = sum(
-        e.nbytes for shard in plan.shards for e in shard.entries if plan.options.calibrates and ".sublayers." in e.name
-    )
-    work.check_room(plan.nbytes + kept + SMALL_FILES)
+    work.check_room(plan.nbytes + _kept_bytes(plan) + SMALL_FILES)
     same = {**same_plan(plan), "versions": versions()}
     if plan.options.calibrates:
         same["device"] = best_device().type
@@ -106,18 +102,11 @@ def convert_checkpoint(
         neurons = _neurons_of(plan, calibration, folder, progress)
         with _one_thread():
             _write_weights(folder, plan, neurons, calibration, progress)
-        write_index(folder, plan.shards)
-        plan.config.save_pretrained(folder)
-        _write_companions(folder, plan.dense)
-        copy_code(folder)
-        keep_tokens(plan.dense.folder, folder, plan.config.vocab_size)
+        _write_beside(folder, plan)
         found = {name: future.result() for name, future in hashes.items()}
-        is_folder = Path(source).is_dir()
-        name = plan.dense.folder.resolve().name if is_folder else str(source)
-        revision_found = None if is_folder else plan.dense.folder.name
         record = calibration.record() if calibration is not None else None
         errors = calibration.errors() if calibration is not None else []
-        write_receipt(folder, plan, name, revision_found, found, record)
+        write_receipt(folder, plan, *_name_and_revision(source, plan.dense), found, record)
     return Conversion(
         folder=work.destination,
         num_expert_sublayers=plan.options.num_expert_sublayers,
@@ -129,6 +118,29 @@ def convert_checkpoint(
         exact=plan.exact,
         calibration=errors,
     )
+
+
+def _kept_bytes(plan: Plan) -> int:
+    """Of the calibrated layers, which are kept on the disk until all are there, and then written into their shards."""
+    if not plan.options.calibrates:
+        return 0
+    return sum(e.nbytes for shard in plan.shards for e in shard.entries if ".sublayers." in e.name)
+
+
+def _name_and_revision(source: str | Path, dense: DenseCheckpoint) -> tuple[str, str | None]:
+    """What a receipt calls the source: a Hub id with its commit, or the name of a folder."""
+    if Path(source).is_dir():
+        return dense.folder.resolve().name, None
+    return str(source), dense.folder.name
+
+
+def _write_beside(folder: Path, plan: Plan) -> None:
+    """All that lies beside the weights but the receipt."""
+    write_index(folder, plan.shards)
+    plan.config.save_pretrained(folder)
+    _write_companions(folder, plan.dense)
+    copy_code(folder)
+    keep_tokens(plan.dense.folder, folder, plan.config.vocab_size)
 
 
 @takes_options(Options)
@@ -237,4 +249,4 @@ def _write_companions(folder: Path, dense: DenseCheckpoint) -> None:
             content = read_json(file, "the tokenizer's configuration")
             # The user will load this folder with trust_remote_code: it must not point at anybody else's code.
             content.pop("auto_map", None)
-            copy.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_json(copy, content)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from finedeep_files.errors import ConversionError
 from finedeep_files.hashing import sha256
+from finedeep_files.json_files import read_json, write_json
 from finedeep_files.masking import masked
 from finedeep_files.versions import versions
 from finedeep_files.whole_file import write_whole
@@ -19,7 +20,7 @@ from huggingface_hub import ModelCard
 
 from .assignment import PADDING
 from .plan import Plan
-from .source import CARD, read_json
+from .source import CARD
 
 RECEIPT = "finedeep_conversion.json"
 # No safetensors file: vLLM, for one, takes every one that lies beside the weights for weights.
@@ -63,7 +64,7 @@ def write_receipt(
         "calibration": calibration,
         "versions": versions(),
     }
-    write_json(folder / RECEIPT, receipt)
+    write_json(folder / RECEIPT, masked(receipt))
 
 
 def licence_of(folder: Path) -> dict[str, str]:
@@ -83,16 +84,6 @@ def without_place(value: Any) -> Any:
     if Path(value).exists():
         return Path(value).absolute().name
     return f"{Path(name).absolute().name}{colon}{rest}" if Path(name).exists() else value
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON for people to read, with secrets masked."""
-    path.write_bytes(as_json(masked(content)))
-
-
-def as_json(content: Mapping[str, Any]) -> bytes:
-    """JSON for people to read."""
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def read_receipt(path: Path) -> dict[str, Any]:

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from finedeep_files.json_files import read_json, write_json
 from finedeep_files.tokenizers import first_difference, load_tokenizer
-from finedeep_files.whole_file import write_whole
 from transformers import PreTrainedTokenizerBase
 
-from .source import TOKENIZER_CONFIG, companions_in, read_json
+from .source import TOKENIZER_CONFIG, companions_in
 
 # What AutoTokenizer may want of config.json.
 WANTED = ("model_type", "tokenizer_class", "transformers_version")
@@ -51,7 +51,7 @@ def _keep_tokens(source: Path, folder: Path, vocabulary: int) -> None:
     named = {**known, "tokenizer_class": AS_THE_FILE.get(name, name), "model_input_names": before.model_input_names}
     every_version_knows = known.get("tokenizer_class") not in (None, *AS_THE_FILE)
     for content in (known, named) if every_version_knows else (named, known):
-        write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write_json(path, content)
         after = _loaded(folder)
         if after is not None and first_difference(before, after) is None:
             return

@@ -18,6 +18,8 @@ from types import TracebackType
 import torch
 from safetensors.torch import save_file
 
+from .whole_file import scratch_of
+
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -27,11 +29,12 @@ LARGE = 2**20  # bytes
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor that is to be written."""
+    """A tensor of a safetensors file: what its header says. `file` is where one is that has been written."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    file: Path | None = None
 
     @property
     def numel(self) -> int:
@@ -86,9 +89,8 @@ def write_index(folder: Path, shards: list[Shard]) -> None:
 
 def save_whole(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a small safetensors file whole or not at all."""
-    scratch = path.with_name(f"{path.name}.new")
-    save_file(tensors, scratch, metadata)
-    scratch.replace(path)
+    with scratch_of(path) as scratch:
+        save_file(tensors, scratch, metadata)
 
 
 class ShardWriter:

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .json_files import write_json
 from .lock import locked
 from .names import LISTED, RECEIPTS, Listed, Names, entries, is_scratch, remove_named, strangers
 from .sizes import size
@@ -341,7 +342,7 @@ class WorkingFolder:
         known = json.loads(receipt.read_text(encoding="utf-8")) if receipt.exists() else {}
         paths = {relative for relative, path in entries(self.result) if path.is_file()}
         known[LISTED] = sorted({*paths, receipt.name})
-        write_whole(receipt, json.dumps(known, indent=2, ensure_ascii=False) + "\n")
+        write_json(receipt, known)
 
     def _remove_files(self, plan: _Plan) -> None:
         """Remove what the plan names, and what was replaced."""

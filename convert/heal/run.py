@@ -12,10 +12,12 @@ import torch
 from finedeep_files.errors import ConversionError, one_line
 from finedeep_files.hashing import sha256
 from finedeep_files.healing_options import HealingOptions
+from finedeep_files.json_files import write_json
 from finedeep_files.loading_bars import without_loading_bars
 from finedeep_files.masking import masked
 from finedeep_files.names import LISTED
 from finedeep_files.options import SELF, takes_options
+from finedeep_files.processes import share
 from finedeep_files.progress import in_words, say, seconds_for
 from finedeep_files.shards import INDEX, WEIGHTS, save_whole
 from finedeep_files.versions import versions
@@ -35,7 +37,7 @@ from ...configuration_finedeep import FinedeepConfig
 from ...modeling_finedeep import FinedeepForCausalLM
 from ..calibrate.text import held_out
 from ..code_files import CODE_FILES, copy_code
-from ..receipt import NEURONS, RECEIPT, read_receipt, without_place, write_json
+from ..receipt import NEURONS, RECEIPT, read_receipt, without_place
 from ..source import COMPANIONS, DenseCheckpoint, check_finedeep, copy_companion, open_checkpoint
 from .data import healing_windows
 from .options import OWN, check_options
@@ -58,20 +60,6 @@ class Healed:
     tokens_seen: int
     before: Mapping[str, float]
     after: Mapping[str, float]
-
-
-def is_main_process() -> bool:
-    """Whether this is the process that writes and speaks."""
-    from accelerate import PartialState
-
-    return PartialState().is_main_process
-
-
-def _of_first_process(value: Any) -> Any:
-    """What the first process has, in all of them: each waits for it."""
-    from accelerate.utils import broadcast_object_list
-
-    return broadcast_object_list([value])[0]
 
 
 @takes_options(HealingOptions)
@@ -107,47 +95,23 @@ def heal(
     work = WorkingFolder(Path(destination), ConversionError, resume, overwrite)
     work.check()
     checkpoint = open_checkpoint(model, check=check_finedeep)
-    model = checkpoint.folder
-    config = _student_config(model)
-    rate = RATE / config.hidden_size if o.learning_rate is None else o.learning_rate
-    o = dataclasses.replace(o, context=min(o.context, config.max_position_embeddings), learning_rate=rate)
+    config = _student_config(checkpoint.folder)
     # Before TrainingArguments: after them, DeepSpeed and FSDP would share the teacher out as it is loaded.
     teacher = _teacher(o.teacher, config) if o.teacher else None
-    o = dataclasses.replace(o, hidden_states=_hidden_states(o, config, teacher))
-    training = work.path / TRAINING
-    arguments = _training_arguments(o, training, progress)
-    if arguments.n_gpu > 1 and o.hidden_states:
-        raise ConversionError(
-            f"{arguments.n_gpu} devices are seen by one process; one process for each is wanted: accelerate launch -m "
-            "finedeep_cli heal ... (or CUDA_VISIBLE_DEVICES=0 for one alone)."
-        )
-    files = _files(model, o, teacher)
+    o = _settled(o, config, teacher)
+    arguments = _training_arguments(o, work.path / TRAINING, progress)
+    files = _files(checkpoint.folder, o, teacher)
     if progress and arguments.process_index == 0:
         _announce(o, checkpoint, teacher, arguments)
     with ExitStack() as stack:
         if arguments.process_index == 0:
-            plan = masked({"model": str(model.resolve()), **dataclasses.asdict(o), "files": files})
+            plan = masked({"model": str(checkpoint.folder.resolve()), **dataclasses.asdict(o), "files": files})
             stack.enter_context(work.begun(_contents(o), plan))
-        windows, apart = _prepare(work, model, config, teacher, o, arguments)
+        windows, apart = _prepare(work, checkpoint.folder, config, teacher, o, arguments)
         stack.enter_context(without_loading_bars())
-        student = _student(model)
-        # Checkpoints of the training have no use for the model's own, which some versions refuse to save as it is.
-        student.generation_config = GenerationConfig()
-        trainer = HealingTrainer(
-            teacher=teacher,
-            divergence=o.divergence,
-            hidden_states=o.hidden_states,
-            model=student,
-            args=arguments,
-            # Without labels Trainer would take it that there is no loss to evaluate.
-            train_dataset=[{"input_ids": window, "labels": window} for window in windows[apart:]],
-            eval_dataset=[{"input_ids": window, "labels": window} for window in windows[:apart]],
-        )
-        if not progress:
-            trainer.remove_callback(PrinterCallback)
-        else:
-            trainer.add_callback(TimeLeft())
-        train_to_the_end(trainer, training)
+        trainer = _trainer(_student(checkpoint.folder), teacher, o, arguments, windows[apart:], windows[:apart])
+        trainer.add_callback(TimeLeft()) if progress else trainer.remove_callback(PrinterCallback)
+        train_to_the_end(trainer, work.path / TRAINING)
         before = next(_losses(logs) for logs in trainer.state.log_history if "eval_loss" in logs)
         after = _losses(trainer.evaluate())
         if not all(map(math.isfinite, after.values())):
@@ -158,6 +122,39 @@ def heal(
         healed = Healed(work.destination, trainer.state.num_input_tokens_seen, before, after)
         _save(work.result, checkpoint, trainer, config, o, files, healed)
     return healed
+
+
+def _settled(o: HealingOptions, config: FinedeepConfig, teacher: PreTrainedModel | None) -> HealingOptions:
+    """The options, with what the model and its teacher decide where nothing was said."""
+    return dataclasses.replace(
+        o,
+        context=min(o.context, config.max_position_embeddings),
+        learning_rate=RATE / config.hidden_size if o.learning_rate is None else o.learning_rate,
+        hidden_states=_hidden_states(o, config, teacher),
+    )
+
+
+def _trainer(
+    student: FinedeepForCausalLM,
+    teacher: PreTrainedModel | None,
+    o: HealingOptions,
+    arguments: TrainingArguments,
+    windows: torch.Tensor,
+    held_out: torch.Tensor,
+) -> HealingTrainer:
+    """Args: windows and held_out (number, context) token ids."""
+    # Checkpoints of the training have no use for the model's own, which some versions refuse to save as it is.
+    student.generation_config = GenerationConfig()
+    return HealingTrainer(
+        teacher=teacher,
+        divergence=o.divergence,
+        hidden_states=o.hidden_states,
+        model=student,
+        args=arguments,
+        # Without labels Trainer would take it that there is no loss to evaluate.
+        train_dataset=[{"input_ids": window, "labels": window} for window in windows],
+        eval_dataset=[{"input_ids": window, "labels": window} for window in held_out],
+    )
 
 
 def _contents(o: HealingOptions) -> Contents:
@@ -178,7 +175,7 @@ def _announce(
     """Say what there is to do, and how long that may take."""
     sequences = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     seen = o.steps * sequences * o.context
-    of_student = sum(torch.Size(info.shape).numel() for info in student.tensors.values())
+    of_student = sum(entry.numel for entry in student.tensors.values())
     of_teacher = teacher.num_parameters() if teacher is not None else 0
     sampled = 2 * of_teacher * o.tokens if o.data == SELF else 0
     seconds = seconds_for((6 * of_student + 2 * of_teacher) * seen + sampled, arguments.device)
@@ -283,11 +280,17 @@ def _training_arguments(o: HealingOptions, work: Path, progress: bool) -> Traini
         "output_dir": str(work),
     }
     try:
-        return ArgumentsWithoutSecrets(**fields)
+        arguments = ArgumentsWithoutSecrets(**fields)
     except ImportError as error:
         raise ConversionError("healing wants accelerate, for transformers' Trainer: pip install accelerate.") from error
     except (TypeError, ValueError) as error:
         raise ConversionError(f"TrainingArguments: {one_line(error)}") from error
+    if arguments.n_gpu > 1 and o.hidden_states:
+        raise ConversionError(
+            f"{arguments.n_gpu} devices are seen by one process; one process for each is wanted: accelerate launch -m "
+            "finedeep_cli heal ... (or CUDA_VISIBLE_DEVICES=0 for one alone)."
+        )
+    return arguments
 
 
 def _prepare(
@@ -304,14 +307,14 @@ def _prepare(
         ConversionError: there are fewer than two.
     """
     path, process = work.path / WINDOWS, arguments.process_index
-    if _of_first_process(not path.exists()) and (process == 0 or o.data == SELF):  # sampling is shared out
+    if share(not path.exists()) and (process == 0 or o.data == SELF):  # sampling is shared out
         sampler = teacher.to(arguments.device) if teacher is not None else None
         progress = not arguments.disable_tqdm and process == 0
         found = healing_windows(o.data, model, config.vocab_size, o.context, o.tokens, sampler, o.seed, progress)
         if process == 0:
             _check_enough(found, o)
             save_whole({"windows": found.contiguous()}, path)
-    _of_first_process(None)  # has saved them
+    share(None)  # has saved them
     windows = load_file(path)["windows"]
     return windows, held_out(windows)
 
@@ -382,7 +385,7 @@ def _write_companions(
         "held_out_nats_per_token": {"before": healed.before, "after": healed.after},
         "versions": versions("accelerate"),
     }
-    write_json(folder / HEALING, receipt)
+    write_json(folder / HEALING, masked(receipt))
     if (model.folder / RECEIPT).is_file():
         receipt = {key: value for key, value in read_receipt(model.folder).items() if key != LISTED}
-        write_json(folder / RECEIPT, {**receipt, "exact": False, "healing": HEALING})
+        write_json(folder / RECEIPT, masked({**receipt, "exact": False, "healing": HEALING}))

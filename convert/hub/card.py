@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from finedeep_files.errors import ConversionError
+from finedeep_files.json_files import read_json
 from finedeep_files.names import COMPARISON
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..receipt import LICENCE_FIELDS, RECEIPT
-from ..source import read_json
 
 PAPER = "2502.12928"
 TEMPLATE = """---
@@ -161,22 +161,12 @@ def make_card(
         eval_results=scores or None,
         **licence,
     )
-    M, K, layers, width = (_field("config.json", config, name, int) for name in SIZES)
-    routing = {name: config.get(name, next(iter(known))) for name, known in ROUTING.items()}
-    for name, value in routing.items():
-        if value not in ROUTING[name]:
-            raise ConversionError(f"config.json has {name}={value!r}; {' or '.join(ROUTING[name])} is wanted.")
     return ModelCard.from_template(
         data,
         template_str=TEMPLATE,
         title=data.model_name,
         paper=PAPER,
-        layers=layers,
-        M=M,
-        K=K,
-        e=width // (M * K),
-        gate=GATES[routing["routing_function"]],
-        scored=SCORED[routing["routing_input"]],
+        **_shape(config),
         origin=f"[{origin}](https://huggingface.co/{origin})" if is_hub_id else origin,
         exactness=_exactness(receipt or {}),
         repo_id=repo_id,
@@ -186,6 +176,17 @@ def make_card(
         checked_with=", ".join(f"{name} {version}" for name, version in (checked_with or {}).items()),
         receipt_file=RECEIPT if receipt else None,
     )
+
+
+def _shape(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the card tells of the architecture."""
+    M, K, layers, width = (_field("config.json", config, name, int) for name in SIZES)
+    routing = {name: config.get(name, next(iter(known))) for name, known in ROUTING.items()}
+    for name, value in routing.items():
+        if value not in ROUTING[name]:
+            raise ConversionError(f"config.json has {name}={value!r}; {' or '.join(ROUTING[name])} is wanted.")
+    gate, scored = (ROUTING[name][value] for name, value in routing.items())
+    return {"layers": layers, "M": M, "K": K, "e": width // (M * K), "gate": gate, "scored": scored}
 
 
 def _field(file: str, content: Mapping[str, Any], name: str, kind: type) -> Any:
