@@ -17,6 +17,8 @@ examples:
 """
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
 from finedeep_files.conversion_options import Options
@@ -56,6 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
     for text in (arguments.calibrate, arguments.text):
         if text not in (None, "self"):
             check_text(text)
+    if ":" in (arguments.assignment or ""):
+        sys.path.append(os.getcwd())  # where a function of the user's may lie; what is installed comes first
     from finedeep.convert import convert_checkpoint, plan_conversion
 
     given = vars(arguments).copy()

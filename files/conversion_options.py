@@ -8,6 +8,8 @@ MODES = {
     "split": "the dense neurons are shared by all sub-layers: the same size",
     "grow": "sub-layer 1 has the dense neurons, new ones start with a zero W_down: exact for any M, and larger",
 }
+# How scores become gates, in the words of a model card; `finedeep.configuration_finedeep` has the functions.
+ROUTING_FUNCTIONS = {"sigmoid": "a sigmoid", "softmax": "a softmax over its sub-layer's experts"}
 MEASURED = ("activity", "nonlinearity")  # assignments that need a text
 
 
@@ -58,9 +60,7 @@ class Options:
         "what an expert's score is read from (default: expert_output, the paper's method)",
         choices=("expert_output", "hidden_state"),
     )
-    routing_function: str = option(
-        "sigmoid", "how scores become gates (default: sigmoid)", choices=("sigmoid", "softmax")
-    )
+    routing_function: str = option("sigmoid", "how scores become gates (default: sigmoid)", choices=ROUTING_FUNCTIONS)
     dtype: str = option(
         "keep",
         "of the weights that are written (default: keep)",

@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 from .errors import ConversionError, check_whole_number
@@ -17,7 +17,7 @@ def option(
     *,
     flag: str | None = None,
     metavar: str | None = None,
-    choices: Sequence[str] | None = None,
+    choices: Collection[str] | None = None,
     least: int | None = None,
 ) -> Any:
     """A field of an options class.

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from finedeep_files.conversion_options import ROUTING_FUNCTIONS
 from finedeep_files.errors import ConversionError
 from finedeep_files.json_files import read_json
 from finedeep_files.names import COMPARISON
@@ -47,9 +48,8 @@ tokenizer = AutoTokenizer.from_pretrained("{{ repo_id }}", revision="{{ revision
 {% if checked_with %}Checked with {{ checked_with }}.{% endif %}
 {% if receipt_file %}How it was made is in [`{{ receipt_file }}`]({{ receipt_file }}).{% endif %}
 """
-GATES = {"sigmoid": "a sigmoid", "softmax": "a softmax over its sub-layer's experts"}
 SCORED = {"expert_output": "its own output", "hidden_state": "what the sub-layer reads"}
-ROUTING = {"routing_function": GATES, "routing_input": SCORED}  # the first is the default
+ROUTING = {"routing_function": ROUTING_FUNCTIONS, "routing_input": SCORED}  # the first is the default
 SIZES = ("num_expert_sublayers", "num_experts_per_sublayer", "num_hidden_layers", "intermediate_size")
 
 
