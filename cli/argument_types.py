@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 ASSIGNMENTS = ("contiguous", "strided", "random", "activity", "nonlinearity", "clusters")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 PYTHONS = {"True": True, "False": False, "None": None}  # as users of Python will write them
 
 

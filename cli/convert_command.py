@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"  FFN width {M * K * done.expert_intermediate_size} per decoder layer{padding}")
     print(f"  {done.finedeep_parameters:,} parameters (dense: {done.dense_parameters:,}, {growth:+.2%})")
     if done.calibration:
-        cut, calibrated = (max(getattr(layer, rung) for layer in done.calibration) for rung in ("cut", "calibrated"))
+        cut, calibrated = (max(getattr(layer, stage) for layer in done.calibration) for stage in ("cut", "calibrated"))
         print(f"  layers' relative errors on held-out text: up to {cut:.2f} as cut, {calibrated:.2f} calibrated")
     if done.exact:
         print("  exact: the logits equal the dense model's")

@@ -15,10 +15,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from finedeep_files.evaluation_options import DTYPES
 from finedeep_files.inputs import check_model, check_text
 from finedeep_files.working_folder import WorkingFolder
 
-from .argument_types import DTYPES, device, positive_int
+from .argument_types import device, positive_int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -119,7 +119,7 @@ class Plan:
     def memory(self) -> int:
         """Bytes of weights and activations in memory at a time, roughly: a tensor as it is read and as it is written.
 
-        Calibration has, in float32, five residual streams and a layer nine times (dense, three rungs, the best so far,
+        Calibration has, in float32, five residual streams and a layer nine times (dense, three stages, the best so far,
         gradients, two moments of AdamW, and as it is read), beside the embeddings; `self` has the dense model before,
         as has the assignment by activity.
         """

@@ -42,7 +42,7 @@ def check_fields(options: Any) -> None:
         value, known = getattr(options, field.name), field.metadata.get("choices")
         if known is not None and value not in known:
             raise ConversionError(f"{field.name}={value!r} is not known; known are: {', '.join(map(repr, known))}.")
-        if field.metadata.get("least") is not None:
+        if field.metadata.get("least") is not None and not (value is None and field.default is None):
             check_whole_number(field.name, value, field.metadata["least"])
 
 

@@ -1,6 +1,6 @@
 """Calibration: after a cut with M >= 2, bring every layer as near to the dense model's as a text can teach it.
 
-Layer by layer, in one pass. Each layer climbs a ladder, and keeps what is best on held-out tokens: the cut as it is;
+Layer by layer, in one pass. Each layer goes through stages, and keeps what is best on held-out tokens: the cut as it is;
 two closed-form corrections (`closed_form`); training on the dense FFN's own work (`gradient`), for the last layer on
 the dense model's next-token probabilities.
 """
@@ -42,7 +42,7 @@ TOKENS_PER_CHANNEL = 4  # at least: least squares would learn fewer by heart
 
 @dataclass(frozen=True)
 class LayerErrors:
-    """How far a converted layer is from the dense one, on held-out tokens, at each rung of the ladder.
+    """How far a converted layer is from the dense one, on held-out tokens, at each stage.
 
     ||h - h*|| / ||h* - u*||, with h the stream after the layer, u the stream before its FFN and * for the dense model.
     What earlier layers have got wrong is in it.
@@ -127,7 +127,7 @@ class Calibration:
             "device": self.device.type,
             "threads": sorted({int(known["threads"]) for known in self._known()}),  # a run that goes on may have others
             "relative_errors": [
-                {rung: float(f"{error:.3g}") for rung, error in asdict(errors).items()} for errors in self.errors()
+                {stage: float(f"{error:.3g}") for stage, error in asdict(errors).items()} for errors in self.errors()
             ],
         }
 
@@ -174,7 +174,7 @@ class Calibration:
             for name, rows in padding_rows(tensors, neurons).items():
                 tensors[name][rows] = 0  # or a fit would share a neuron's work out to its copies
             cut = sublayers_from(plan.config, tensors, i, self.device)
-            sublayers, errors = self._climb(cut, u, dense_u, wanted, i, held, bar)
+            sublayers, errors = self._best_stage(cut, u, dense_u, wanted, i, held, bar)
             for name, tensor in sublayers.state_dict().items():
                 name = f"model.layers.{i}.sublayers.{name}"
                 tensors[name] = cast(name, tensor.cpu(), tensors[name].dtype)
@@ -183,15 +183,15 @@ class Calibration:
             known = {"errors": json.dumps(asdict(errors)), "threads": str(torch.get_num_threads())}
             save_whole({NEURONS: neurons, **tensors}, path, known)
             if self.progress:
-                rungs = ", ".join(f"{rung.replace('_', ' ')} {error:.3f}" for rung, error in asdict(errors).items())
+                stages = ", ".join(f"{stage.replace('_', ' ')} {error:.3f}" for stage, error in asdict(errors).items())
                 self.first = i if self.first is None else self.first
                 done, rest = i + 1 - self.first, plan.config.num_hidden_layers - i - 1
                 left = in_words((time.perf_counter() - self.begin) / done * rest)
-                say(f"layer {i}: relative error {rungs}; {left} left")
+                say(f"layer {i}: relative error {stages}; {left} left")
         sublayers = sublayers_from(plan.config, self.tensors(i), i, self.device)  # rounded as they will be written
         over_chunks(partial(through, sublayers, r=self.r), stream.finedeep, self.device)
 
-    def _climb(
+    def _best_stage(
         self,
         cut: nn.ModuleList,
         u: torch.Tensor,
@@ -201,7 +201,7 @@ class Calibration:
         held: int,
         bar: tqdm,
     ) -> tuple[nn.ModuleList, LayerErrors]:
-        """The best rung, and the error of each. Args: u, dense_u and wanted (tokens, hidden), the streams."""
+        """The best stage, and the error of each. Args: u, dense_u and wanted (tokens, hidden), the streams."""
         scale = (wanted - dense_u)[:held].pow(2).mean().item()
         if scale == 0:  # an FFN that does nothing
             return cut, LayerErrors(0.0, 0.0, 0.0)
@@ -219,7 +219,7 @@ class Calibration:
             for lowest in fit(calibrated, u, wanted, self.r, objective, held=held, steps=steps, generator=generator):
                 bar.update()
                 bar.set_postfix_str(f"layer {i}, held out {lowest:.4f}", refresh=False)
-        return calibrated, LayerErrors(*(error(rung, relative) ** 0.5 for rung in (cut, corrected, calibrated)))
+        return calibrated, LayerErrors(*(error(stage, relative) ** 0.5 for stage in (cut, corrected, calibrated)))
 
     @cached_property
     def _divergence(self) -> Objective:

@@ -17,7 +17,7 @@ def line(**changes):
         "model": "m",
         "shape": "2x8",
         "source": "self",
-        "rung": "healed",
+        "stage": "healed",
         "dense": 1.0,
         "cut": 2.0,
         "seconds": 60.0,
@@ -63,7 +63,7 @@ def test_rungs_run(tmp_path, dense, monkeypatch):
     monkeypatch.setattr(gap, "RESULTS", tmp_path / "gap.jsonl")
     few = ["--convert", "--calibration-tokens 4096 --calibration-steps 2", "--heal", "--steps 2 --tokens 2048"]
     few += [
-        "--rungs",
+        "--stages",
         "layer by layer",
         "healed",
         "--window",
@@ -85,7 +85,7 @@ def test_rungs_run(tmp_path, dense, monkeypatch):
     monkeypatch.setattr(gap, "run", in_this_process)
     gap.main()
     lines = [json.loads(text) for text in (tmp_path / "gap.jsonl").read_text().splitlines()]
-    assert [(x["source"], x["rung"]) for x in lines] == [("text", "layer by layer"), ("text", "healed")]
+    assert [(x["source"], x["stage"]) for x in lines] == [("text", "layer by layer"), ("text", "healed")]
     for x, command in zip(lines, ran[1:], strict=True):
         assert [word for word in shlex.split(x["command"])[1:] if not word.isupper()] == [
             word for word in map(str, command) if not word.startswith("/") and word != "self"
@@ -113,7 +113,7 @@ def test_the_curve_counts_what_a_command_learns_from(tmp_path):
     assert gap_curve.tokens_of(line(command=heal.replace("--seed", "--context 64 --batch-size 2 --seed"))) == 7 * 128
     assert gap_curve.tokens_of(line(command=convert)) == 262_144
     assert gap_curve.tokens_of(line(command=f"{convert} --calibration-tokens 4096 --seed 0")) == 4096
-    lines = [line(loss=1.25), line(rung="layer by layer", command=convert), line(source="text", rung="unknown")]
+    lines = [line(loss=1.25), line(stage="layer by layer", command=convert), line(source="text", stage="unknown")]
     assert gap_curve.left_of(lines[0]) == 0.25
     gap_curve.draw(lines, tmp_path / "gap.svg")
     content = (tmp_path / "gap.svg").read_text(encoding="utf-8")
