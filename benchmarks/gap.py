@@ -3,7 +3,7 @@
     python -m finedeep.benchmarks.gap CHECKPOINT TEXT --name stories260k
 
 cuts TEXT in two, calibrates on the first half (or on text sampled from CHECKPOINT), measures on the second, and adds a
-line for each rung to benchmarks/results/gap.jsonl. --render makes the tables of both READMEs and convert/gap.svg from
+line for each rung to benchmarks/results/gap.jsonl. --render makes the tables of docs/heal.md and docs/figures/gap.svg from
 all lines.
 
 Each rung is a command of its own, in a process of its own; its seconds are those of the whole command. The loss is the
@@ -30,14 +30,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..configuration_finedeep import __version__
+from .documents import put_table
 from .gap_curve import draw, left_of
-from .readme import put_into_readme
 from .results import markdown
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gap.jsonl"
-PAGE = ROOT / "convert" / "README.md"
-CURVE, CURVE_OF = ROOT / "convert" / "gap.svg", ("stories260k", "2x8")
+CURVE, CURVE_OF = ROOT / "docs" / "figures" / "gap.svg", ("stories260k", "2x8")
 MOST_TOKENS = 100_000  # to measure on
 TEXTS = {"self": "sampled", "text": "real"}
 MATTER_OF_COURSE = ("--standalone", "--sublayers", "--experts", "--calibrate", "--teacher", "--data", "--seed")
@@ -69,9 +68,9 @@ def main() -> None:
                 print(line, flush=True)
     else:
         lines = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
-        put_into_readme("gap", table_of(lines), PAGE)
+        put_table("gap", table_of(lines))
         draw([line for line in lines if (line["model"], line["shape"]) == CURVE_OF], CURVE)
-        put_into_readme("gap", summary_of(lines))
+        put_table("gap-summary", summary_of(lines))
 
 
 # What each rung is called in the table, from which rung's folder it starts, and its command.

@@ -8,7 +8,7 @@ import finedeep_cli
 import pytest
 import torch
 from finedeep.benchmarks import gap, gap_curve
-from finedeep.benchmarks.readme import check_marks
+from finedeep.benchmarks.documents import check_marks, document_with, table_in
 from transformers import LlamaForCausalLM
 
 
@@ -121,12 +121,12 @@ def test_the_curve_counts_what_a_command_learns_from(tmp_path):
 
 
 def test_the_pages_have_their_places():
-    check_marks("gap", gap.PAGE)
-    check_marks("gap", gap.ROOT / "README.md")
+    for mark in ("gap", "gap-summary"):
+        check_marks(mark, document_with(mark))
 
 
 def test_the_pages_show_what_was_measured():
     """As the command makes them from the committed lines."""
     lines = [json.loads(text) for text in gap.RESULTS.read_text(encoding="utf-8").splitlines()]
-    assert gap.table_of(lines) in gap.PAGE.read_text(encoding="utf-8")
-    assert gap.summary_of(lines) in (gap.ROOT / "README.md").read_text(encoding="utf-8")
+    assert gap.table_of(lines) == table_in("gap")
+    assert gap.summary_of(lines) == table_in("gap-summary")
