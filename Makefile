@@ -59,7 +59,7 @@ test-programs: $(INSTALLED)
 	$(BIN)/python tests/programs/run.py
 
 bench: $(INSTALLED)
-	$(BIN)/python -m finedeep.benchmarks --output benchmarks --readme README.md
+	$(BIN)/python -m finedeep.benchmarks --output benchmarks --document docs/performance.md
 
 DEADLINE ?= 600
 OUT ?= gpu-grid.jsonl

@@ -3,8 +3,8 @@
     python -m finedeep.benchmarks.gap CHECKPOINT TEXT --name stories260k
 
 cuts TEXT in two, calibrates on the first half (or on text sampled from CHECKPOINT), measures on the second, and adds a
-line for each stage to benchmarks/results/gap.jsonl. --render makes the tables of both READMEs and convert/gap.svg from
-all lines.
+line for each stage to benchmarks/results/gap.jsonl. --render makes the tables of docs/heal.md and
+docs/figures/gap.svg from all lines.
 
 Each stage is a command of its own, in a process of its own; its seconds are those of the whole command. The loss is the
 mean next-token loss in nats; the share of the gap is (cut - stage) / (cut - dense).
@@ -30,14 +30,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..configuration_finedeep import __version__
+from .documents import put_table
 from .gap_curve import draw, left_of
-from .readme import put_into_readme
 from .results import markdown
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gap.jsonl"
-PAGE = ROOT / "convert" / "README.md"
-CURVE, CURVE_OF = ROOT / "convert" / "gap.svg", ("stories260k", "2x8")
+CURVE, CURVE_OF = ROOT / "docs" / "figures" / "gap.svg", ("stories260k", "2x8")
 MOST_TOKENS = 100_000  # to measure on
 TEXTS = {"self": "sampled", "text": "real"}
 MATTER_OF_COURSE = ("--standalone", "--sublayers", "--experts", "--calibrate", "--teacher", "--data", "--seed")
@@ -55,7 +54,7 @@ def main() -> None:
     option("--shapes", nargs="+", default=["2x8", "4x4"], metavar="MxK")
     option("--sources", nargs="+", default=["self", "text"], choices=("self", "text"))
     option("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    option("--stages", nargs="+", default=list(RUNGS), choices=list(RUNGS))
+    option("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
     option("--convert", default="", metavar="ARGUMENTS", help="more arguments of `finedeep convert`")
     option("--heal", default="", metavar="ARGUMENTS", help="more arguments of `finedeep heal`")
     option("--heal-longer", default="", metavar="ARGUMENTS", help="those of the longer one")
@@ -69,13 +68,13 @@ def main() -> None:
                 print(line, flush=True)
     else:
         lines = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
-        put_into_readme("gap", table_of(lines), PAGE)
+        put_table("gap", table_of(lines))
         draw([line for line in lines if (line["model"], line["shape"]) == CURVE_OF], CURVE)
-        put_into_readme("gap", summary_of(lines))
+        put_table("gap-summary", summary_of(lines))
 
 
 # What each stage is called in the table, from which stage's folder it starts, and its command.
-RUNGS: dict[str, tuple[str | None, list[str]]] = {
+STAGES: dict[str, tuple[str | None, list[str]]] = {
     "closed form": (
         None,
         ["convert", "{dense}", "{out}", "--calibrate", "{data}", "--calibration-steps", "0", "{convert}"],
@@ -124,7 +123,7 @@ def climb(
     M, K = shape.split("x")
     seconds: dict[str | None, float] = {None: 0.0}
     for stage in arguments.stages:
-        start, parts = RUNGS[stage]
+        start, parts = STAGES[stage]
         place = {
             "dense": str(arguments.checkpoint),
             "data": "self" if source == "self" else str(learnt),
@@ -238,7 +237,13 @@ def summary_of(lines: list[dict[str, Any]]) -> str:
 
     Of a stage that was measured with several options, those with the most seeds, and of these with the lowest loss.
     """
-    head = ["model", "M x K", "dense", "cut", *(stage for stage in RUNGS if stage in {line["stage"] for line in lines})]
+    head = [
+        "model",
+        "M x K",
+        "dense",
+        "cut",
+        *(stage for stage in STAGES if stage in {line["stage"] for line in lines}),
+    ]
     rows: dict[tuple[str, str], dict[str, str]] = {}
     groups = groups_of([line for line in lines if line["source"] == "self"])
     for mean, found in sorted(groups, key=lambda group: (seeds_of(group[1]), -group[0]["loss"])):

@@ -10,8 +10,8 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..convert.heal.run import HealingOptions
-from ..convert.plan import Options
+from ..convert import Options
+from ..convert.heal import HealingOptions
 from ..eval.inspect.plots import COLOURS, STYLE
 
 MARKERS = {"closed form": "^", "layer by layer": "o", "healed": "s", "healed longer": "D"}

@@ -45,7 +45,7 @@ from .trainer import HealingTrainer, TimeLeft
 from .training_checkpoints import ArgumentsWithoutSecrets, train_to_the_end
 
 HEALING = "finedeep_healing.json"
-HIDDEN_STATES = 10.0  # measured: convert/README.md
+HIDDEN_STATES = 10.0  # measured: docs/heal.md
 # Times 1 / width, as AdamW's best rate for hidden layers goes (Tensor Programs V, arXiv:2203.03466).
 RATE = 0.064
 TRAINING, WINDOWS = "training", "windows.safetensors"

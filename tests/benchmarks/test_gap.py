@@ -8,7 +8,7 @@ import finedeep_cli
 import pytest
 import torch
 from finedeep.benchmarks import gap, gap_curve
-from finedeep.benchmarks.readme import check_marks
+from finedeep.benchmarks.documents import check_marks, document_with, table_in
 from transformers import LlamaForCausalLM
 
 
@@ -57,7 +57,7 @@ def test_the_loss_is_that_of_the_whole_text(tmp_path, dense):
     assert gap.loss_of(dense, windows) == pytest.approx(expected, rel=1e-5)
 
 
-def test_rungs_run(tmp_path, dense, monkeypatch):
+def test_stages_run(tmp_path, dense, monkeypatch):
     """With few steps; and the command that a line names is the one that was run."""
     (tmp_path / "text.txt").write_text("There was a text, and it was not long. " * 200)
     monkeypatch.setattr(gap, "RESULTS", tmp_path / "gap.jsonl")
@@ -94,7 +94,7 @@ def test_rungs_run(tmp_path, dense, monkeypatch):
     assert lines[1]["seconds"] > lines[0]["seconds"]
 
 
-def test_a_rung_is_a_process_of_its_own(monkeypatch):
+def test_a_stage_is_a_process_of_its_own(monkeypatch):
     """Whose start-up counts, and which has the threads that this one has."""
     ran = []
     monkeypatch.setattr(gap.subprocess, "run", lambda words, **how: ran.append((words, how)))
@@ -121,12 +121,12 @@ def test_the_curve_counts_what_a_command_learns_from(tmp_path):
 
 
 def test_the_pages_have_their_places():
-    check_marks("gap", gap.PAGE)
-    check_marks("gap", gap.ROOT / "README.md")
+    for mark in ("gap", "gap-summary"):
+        check_marks(mark, document_with(mark))
 
 
 def test_the_pages_show_what_was_measured():
     """As the command makes them from the committed lines."""
     lines = [json.loads(text) for text in gap.RESULTS.read_text(encoding="utf-8").splitlines()]
-    assert gap.table_of(lines) in gap.PAGE.read_text(encoding="utf-8")
-    assert gap.summary_of(lines) in (gap.ROOT / "README.md").read_text(encoding="utf-8")
+    assert gap.table_of(lines) == table_in("gap")
+    assert gap.summary_of(lines) == table_in("gap-summary")
