@@ -8,24 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finedeep_files.errors import one_line
 from finedeep_files.masking import masked
+from finedeep_files.names import COMPARISON
 from finedeep_files.processes import is_first_process, is_needed, process_number, share
+from finedeep_files.versions import versions
 from finedeep_files.whole_file import write_whole
+from finedeep_files.working_folder import WorkingFolder
 
-from ..convert.hub.card import COMPARISON
 from .compare.comparison import compare, notes_of, sentence_of, table_of
 from .compare.scores import Results
 from .compare.table import side_by_side
 from .errors import EvaluationError
 from .inspect import inspection
 from .inspect.inspection import check_text, inspect
-from .output import EVALUATED, MARKDOWN, name_of, working_folder
+from .output import EVALUATED, MARKDOWN, name_of
 from .report import cost
 from .report.page import write_report
 from .scoring.chat_template import BEGINNING, chat_template_of, check_same_template
 from .scoring.harness import evaluate, save_results
 from .scoring.local_tasks import write_local_tasks
-from .scoring.model_identity import files_in, files_of, versions
+from .scoring.model_identity import PACKAGES, files_in, files_of
 from .scoring.tokenizer_check import beginning_of, check_same_tokenizer, load_tokenizer
 
 PLACES = ("output", "resume", "overwrite")  # the options that say where to write
@@ -117,7 +120,7 @@ def check_output(output: str | Path | None, resume: bool | None, overwrite: bool
     if output is None and (resume or overwrite):
         raise EvaluationError("--resume and --overwrite are about what is in an --output folder; name it.")
     if output is not None:
-        working_folder(output, resume=bool(resume), overwrite=bool(overwrite)).check()
+        WorkingFolder(Path(output), EvaluationError, bool(resume), bool(overwrite)).check()
 
 
 @contextmanager
@@ -132,9 +135,8 @@ def _working(
         with tempfile.TemporaryDirectory(prefix="finedeep-eval-") as place:
             yield Path(place), None
         return
-    work = working_folder(
-        options["output"], resume=bool(options.get("resume")), overwrite=bool(options.get("overwrite"))
-    )
+    resume, overwrite = (bool(options.get(name)) for name in ("resume", "overwrite"))
+    work = WorkingFolder(Path(options["output"]), EvaluationError, resume, overwrite)
     decisive = {key: value for key, value in options.items() if key not in (*PLACES, "say", "local")}
     with ExitStack() as stack:
         refusal = None
@@ -191,7 +193,7 @@ def plan_of(
         **{f"files of {name}": files_of(path, revision=revision) for name, path in models.items()},
         "tasks": list(tasks),
         "local": files_in(Path(local), ("*.jsonl", "*.txt")) if local else None,
-        "versions": versions(),
+        "versions": versions(*PACKAGES),
         **decisive,
     }
     return json.loads(json.dumps(masked(plan), default=str))
@@ -228,7 +230,7 @@ def _conclude(
         "notes": notes,
         "dtypes": dtypes,
         "options": masked({key: value for key, value in options.items() if key not in NOT_TOLD}),
-        "versions": versions(),
+        "versions": versions(*PACKAGES),
     }
     how = {"device": options.get("device"), "dtype": options.get("dtype", "auto")}
     looks: dict[str, tuple[str, Callable[[], Any], Callable[[Any], str]]] = {}
@@ -255,7 +257,7 @@ def _conclude(
         try:
             comparison[name] = look()
         except Exception as error:  # scores that took hours are worth more than this
-            parts.append(f"{name}: not measured ({type(error).__name__}: {' '.join(str(error).split())[:300]})")
+            parts.append(f"{name}: not measured ({type(error).__name__}: {one_line(error)})")
         else:
             parts.append(table(comparison[name]))
     markdown = "\n\n".join(parts)

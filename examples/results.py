@@ -23,9 +23,8 @@ import yaml
 from finedeep.benchmarks.documents import put_table
 from finedeep.eval.compare.scores import Score
 from finedeep.eval.compare.table import aligned_markdown
-from finedeep.eval.inspect.inspection import TAU
 from finedeep.eval.inspect.plots import STYLE, activations
-from finedeep.eval.inspect.recorder import EDGES
+from finedeep.eval.inspect.recorder import EDGES, TAU
 from larger import read_larger, tables_of_larger
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from finedeep_files.errors import ConversionError
 from finedeep_files.hashing import sha256
+from finedeep_files.options import SELF
 from finedeep_files.progress import in_words, say, seconds_for
 from finedeep_files.shards import save_whole
 from safetensors import safe_open
@@ -31,7 +32,7 @@ from .closed_form import correct
 from .gradient import BATCH, Objective, error_of, fit, logit_divergence, stream_error
 from .neuron_statistics import activity_on, nonlinearity_on
 from .residual_stream import Stream, over_chunks, sublayers_from, through
-from .text import SELF, held_out, sampled_windows, text_windows
+from .text import held_out, sampled_windows, text_windows
 
 WINDOWS = "calibration-windows.safetensors"
 LAYER = "calibrated-{}.safetensors"

@@ -12,7 +12,7 @@ from jinja2 import Environment, StrictUndefined
 
 from ..compare.comparison import BETTER, HEAD, IDENTICAL, SAME, WORSE, Row, cells_of, figures_of
 from ..inspect import inspection, plots
-from ..inspect.inspection import TAU
+from ..inspect.recorder import TAU
 from ..output import PAGE
 from . import cost
 

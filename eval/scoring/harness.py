@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from finedeep_files.errors import one_line
 from finedeep_files.loading_bars import without_loading_bars
 from finedeep_files.masking import masked
 
@@ -228,9 +229,9 @@ def _load_tasks(tasks: Sequence[str], include_path: str | Path | Sequence[str | 
         return _Wanted(manager, tasks)
     except Exception as error:  # what keeps a dataset from being had, has many classes
         if "Duplicate task" in str(error):
-            raise EvaluationError(f"{_one_line(error)}; name one of them only.") from error
+            raise EvaluationError(f"{one_line(error)}; name one of them only.") from error
         raise EvaluationError(
-            f"the data of {', '.join(tasks)} cannot be had ({type(error).__name__}: {_one_line(error)}). A task's data "
+            f"the data of {', '.join(tasks)} cannot be had ({type(error).__name__}: {one_line(error)}). A task's data "
             "come from the Hub, or out of its cache; --local takes questions and texts from a folder."
         ) from error
 
@@ -347,7 +348,7 @@ def _errors_of(model: str | Path, tasks: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise EvaluationError(f"{model} on {', '.join(tasks)}: {_one_line(error)}") from error
+        raise EvaluationError(f"{model} on {', '.join(tasks)}: {one_line(error)}") from error
     except OverflowError as error:  # exp() of what a word costs, where a model is all wrong or a script has no spaces
         raise EvaluationError(
             f"{model} has a perplexity on {', '.join(tasks)} that is too large for a number: its weights are damaged, "
@@ -448,7 +449,3 @@ def save_results(results: Results, output: Path, name: str | None = None) -> Non
             f"results and samples could not be written to {output}: {len(written)} of {1 + len(samples)} files are "
             "there. Make room, or name a folder with a shorter path."
         )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]
