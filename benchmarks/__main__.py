@@ -213,9 +213,7 @@ def arguments_of() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="only the cases that say most; nothing is rendered")
     parser.add_argument("--deadline", type=float, default=480, help="of --quick, in seconds; default: %(default)s")
     parser.add_argument("--render", action="store_true", help="measure nothing")
-    parser.add_argument(
-        "--document", type=Path, help="a file to put the tables of targets into, between its speed marks"
-    )
+    parser.add_argument("--document", type=Path, help="the document that gets the tables of targets")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and here == "cpu" and not arguments.render:
         parser.error("--device cuda: torch finds no GPU here")

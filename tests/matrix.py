@@ -1,8 +1,9 @@
 """Every supported version of transformers: python tests/matrix.py [--only VERSION] [--update].
 
 For each version it builds an environment under .matrix/ (once), runs the fast tests and transformers' own model tests,
-and loads what every other version has written. It prints a Markdown table; --update writes it into docs/compatibility.md. It takes
-about ten minutes a version, two versions at a time, and goes on where one fails, to report all; it exits with 1 then.
+and loads what every other version has written. It prints a Markdown table; --update writes it into
+docs/compatibility.md. It takes about ten minutes a version, two versions at a time, and continues where one fails, to
+report all; it exits with 1 then.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
 It asks pip whether the pinned versions can be installed by each Python that is on the PATH. Then it builds a fresh
 environment under .matrix/newest with the newest release of every dependency that pip finds, torch alone as pinned, and
-runs the fast tests and transformers' own model tests in it. --update writes what was found into docs/compatibility.md. It exits
-with 1 where anything fails.
+runs the fast tests and transformers' own model tests in it. --update writes what was found into docs/compatibility.md.
+It exits with 1 where anything fails.
 """
 
 import argparse

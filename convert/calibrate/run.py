@@ -1,8 +1,8 @@
 """Calibration: after a cut with M >= 2, bring every layer as near to the dense model's as a text can teach it.
 
 Layer by layer, in one pass. Each layer goes through stages, and keeps what is best on held-out tokens: the cut as it
-is; two closed-form corrections (`closed_form`); training on the dense FFN's own work (`gradient`), for the last layer on
-the dense model's next-token probabilities.
+is; two closed-form corrections (`closed_form`); training on the dense FFN's own work (`gradient`), for the last layer
+on the dense model's next-token probabilities.
 """
 
 import copy
