@@ -3,19 +3,11 @@
     python -m finedeep.benchmarks.gap CHECKPOINT TEXT --name stories260k
 
 cuts TEXT in two, calibrates on the first half (or on text sampled from CHECKPOINT), measures on the second, and adds a
-<<<<<<< HEAD
 line for each stage to benchmarks/results/gap.jsonl. --render makes the tables of docs/heal.md and
 docs/figures/gap.svg from all lines.
 
 Each stage is a command of its own, in a process of its own; its seconds are those of the whole command. The loss is the
 mean next-token loss in nats; the share of the gap is (cut - stage) / (cut - dense).
-=======
-line for each stage to benchmarks/results/gap.jsonl. --render makes the tables of docs/heal.md and docs/figures/gap.svg
-from all lines.
-
-Each stage is a command of its own, in a process of its own; its seconds are those of the whole command. The loss is the
-mean next-token loss in nats; the share of the gap is (cut - rung) / (cut - dense).
->>>>>>> main
 """
 
 import argparse
