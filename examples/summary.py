@@ -30,7 +30,8 @@ def gap_row() -> list[str]:
         over[f"{mean['rung']}, share"] = share
     answer = (
         f"Plain cut: +{over['cut']:.2f} nats per token. Calibrated: +{over['layer by layer']:.2f}. Healed for minutes: "
-        f"+{over['healed']:.2f} ({over['healed, share']:.0%} of the gap closed). `stories260k`, 0.26M parameters, 2 CPU cores"
+        f"+{over['healed']:.2f} ({over['healed, share']:.0%} of the gap closed). `stories260k`, 0.26M parameters, on "
+        "2 CPU cores"
     )
     return ["What does M=2 K=8 cost?", answer, "[Calibrate and heal](docs/heal.md)"]
 
