@@ -18,7 +18,7 @@ from ...operators_finedeep import expert_outputs
 from ..errors import EvaluationError
 
 THRESHOLDS = (0.01, 0.03, 0.1, 0.3, 1.0)
-TAU = "0.1"  # the threshold of NSAR (the non-sparse activation rate) unless said otherwise
+TAU = "0.1"  # the threshold of the non-sparse activation rate (NSAR) unless said otherwise
 # Of the histogram: SiLU has no value below -0.28; what is beyond is counted at the ends.
 BINS, LOWEST, HIGHEST = 250, -0.5, 2.0
 EDGES = [LOWEST + i * (HIGHEST - LOWEST) / BINS for i in range(BINS + 1)]

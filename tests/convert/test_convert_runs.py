@@ -18,7 +18,7 @@ from finedeep.convert.calibrate.run import Calibration
 from finedeep.convert.conversion import plan_conversion
 from finedeep.convert.plan import Options
 from finedeep.convert.receipt import RECEIPT
-from finedeep_cli import convert_command, main
+from finedeep_cli import argument_types, convert_command, main
 from finedeep_files.hashing import sha256
 from finedeep_files.working_folder import Contents, WorkingFolder
 from isolated import FORKS
@@ -58,12 +58,11 @@ def test_the_plan_names_every_tensor_and_writes_nothing(tmp_path, capsys, dense)
 
 
 def test_help_agrees_with_the_options():
-    """The command repeats what `Options` says, as --help must not import torch."""
     parser = convert_command.argparse.ArgumentParser()
     convert_command.add_arguments(parser)
     given = vars(parser.parse_args(["source", "destination"]))
     assert Options(**{name: given[name] for name in vars(Options())}) == Options()
-    assert set(convert_command.ASSIGNMENTS) <= set(ASSIGNMENTS)
+    assert set(argument_types.ASSIGNMENTS) <= set(ASSIGNMENTS)
 
 
 def test_the_receipt_makes_the_same_bytes_again(tmp_path, dense):

@@ -148,7 +148,6 @@ def test_healing_brings_the_model_nearer(tmp_path, dense, cut, capsys):
 
 
 def test_help_agrees_with_the_options():
-    """The command repeats what `HealingOptions` says, as --help must not import torch."""
     parser = argparse.ArgumentParser()
     heal_command.add_arguments(parser)
     given = vars(parser.parse_args(["model", "destination"]))
