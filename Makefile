@@ -5,6 +5,7 @@
 # make test-programs   TRL, llm-compressor, ONNX and other programs around a model (a quarter of an hour)
 # make bench   speed and memory beside dense Llama, into benchmarks/ (most of an hour; leave the machine alone)
 # make gpu-grid TRAIN=BOOKS.txt.xz AUTHOR=OTHER.txt   ten minutes of training on a GPU, with PYTHON as it is
+# make docs    the documents as a site, into docs/_build/html
 # The others make their own .venv with pinned versions first. PYTHON chooses the interpreter, 3.11 or newer.
 
 PYTHON ?= python3
@@ -13,11 +14,11 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-slow test-browser test-official test-matrix test-newest test-programs bench gpu-grid lint \
-	format clean
+.PHONY: help demo test test-gpu test-slow test-browser test-official test-matrix test-newest test-programs bench docs \
+	gpu-grid lint format clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -8
+	@sed -n 's/^# //p' Makefile | head -9
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@echo 'Installing into $(VENV), once; this takes a few minutes ...'
@@ -66,6 +67,11 @@ OUT ?= gpu-grid.jsonl
 gpu-grid:
 	$(PYTHON) examples/gpu_grid.py examples/gpu_grid.yaml $(OUT) --train $(TRAIN) --author $(AUTHOR) --deadline $(DEADLINE)
 
+docs: $(INSTALLED)
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs docs/_build/html
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b linkcheck docs docs/_build/links
+	@echo docs/_build/html/index.html
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -76,4 +82,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .matrix build *.egg-info
+	rm -rf $(VENV) .matrix build docs/_build *.egg-info

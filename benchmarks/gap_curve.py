@@ -52,10 +52,10 @@ def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
                     [x(line) for line in found], [100 * left_of(line) for line in found], 22, colours, marker=marker
                 )
                 axes.scatter([], [], 22, other, marker=marker, label=stage)
-            axes.set(xscale="log", yscale="log", xlabel=label)
+            axes.set(xscale="log", yscale="log", xlabel=f"{label} (logarithmic)")
             axes.set_yticks([2, 5, 10, 20, 50], ["2", "5", "10", "20", "50"], minor=False)
             axes.minorticks_off()
-        panels[0].set_ylabel("% of the gap left")
+        panels[0].set_ylabel("% of the gap left (logarithmic)")
         panels[1].scatter([], [], 22, without, marker="s", label="without hidden states")
-        panels[1].legend(frameon=False, fontsize=8)
+        figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
         figure.savefig(path, metadata={"Date": None})

@@ -7,6 +7,9 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from .suggestions import Parser
 
 # name of the subcommand -> what it does; its module has `add_arguments(parser)` and `run(arguments)`
 SUBCOMMANDS = {
@@ -23,11 +26,12 @@ SUBCOMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns the exit code: 0, or 2 with one line on stderr where the input cannot be used."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="finedeep",
         description="Finedeep: dense LLMs with their FFN cut into stacked, fine-grained, always-active experts.",
     )
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    parser.add_argument("--version", action="version", version=f"finedeep {_version()}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, summary in SUBCOMMANDS.items():
         module = importlib.import_module(f"finedeep_cli.{name}_command")
         subparser = subparsers.add_parser(
@@ -38,7 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         module.add_arguments(subparser)
         subparser.set_defaults(run=module.run)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    if "run" not in arguments:
+        parser.print_help()
+        return 0
     # A library's chatter (progress of loading, advice) would drown the command's own lines.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for library in ("torchao", "torch.utils._pytree"):  # complain, on import, of kernels that this command never uses
@@ -63,6 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         warnings.formatwarning = usual
     return 0
+
+
+def _version() -> str:
+    try:
+        return version("finedeep")
+    except PackageNotFoundError:  # a checkout that is not installed
+        return "of a checkout"
 
 
 def _notes(error: BaseException) -> list[str]:

@@ -7,7 +7,6 @@ learning rate counts with which it has the lowest loss on held-out text; two rat
 have.
 """
 
-import itertools
 import json
 import math
 import statistics
@@ -220,23 +219,27 @@ def curves(groups: dict[tuple[str, str], Group], wanted: dict[str, Any]) -> Figu
 
     Of the text trained on: it goes by once, so that no model has seen what its loss is measured on.
     """
-    figure = Figure(figsize=(6, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.axhline(0, color="#767676", linewidth=1)
     first, *others = wanted["models"]
-    pairs = [pair for pair in itertools.product(wanted["sizes"], others) if (pair[0], slug(pair[1])) in groups]
-    for (size, model), style in zip(pairs, itertools.cycle(STYLES), strict=False):
-        base, group = (groups[size, slug(name)] for name in (first, model))
-        seeds = base.runs.keys() & group.runs.keys()
-        tokens = sorted(group.first_run.losses["train"])
-        over = [
-            statistics.mean(group.runs[s].losses["train"][t] - base.runs[s].losses["train"][t] for s in seeds)
-            for t in tokens
-        ]
-        axes.plot([t / 1e6 for t in tokens], over, style, label=f"{model}, {size}")
-    axes.set(xlabel="million tokens", ylabel=f"nats over {first}", ylim=(-0.05, 0.15))
-    axes.legend(frameon=False)
+    figure = Figure(figsize=(8, 2.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(wanted["sizes"]), sharey=True)
+    for size, axes in zip(wanted["sizes"], panels, strict=True):
+        axes.axhline(0, color="#767676", linewidth=1)
+        for model, style in zip(others, STYLES, strict=False):
+            if (size, slug(model)) not in groups:
+                continue
+            base, group = (groups[size, slug(name)] for name in (first, model))
+            seeds = base.runs.keys() & group.runs.keys()
+            tokens = sorted(group.first_run.losses["train"])
+            over = [
+                statistics.mean(group.runs[s].losses["train"][t] - base.runs[s].losses["train"][t] for s in seeds)
+                for t in tokens
+            ]
+            axes.plot([t / 1e6 for t in tokens], over, style, label=model)
+        axes.set(title=size, xlabel="million tokens", ylim=(-0.05, 0.15))
+    panels[0].set_ylabel(f"nats over {first}")
+    named = {name: line for axes in panels for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named, loc="outside right upper", frameon=False)
     return figure
 
 

@@ -24,10 +24,10 @@ def gap_row() -> list[str]:
     lines = [line for line in lines if (line["model"], line["shape"], line["source"]) == ("stories260k", "2x8", "self")]
     over = {}
     for mean, found in sorted(gap.groups_of(lines), key=lambda group: (gap.seeds_of(group[1]), -group[0]["loss"])):
-        over[mean["rung"]] = mean["loss"] - mean["dense"]
+        over[mean["stage"]] = mean["loss"] - mean["dense"]
         over["cut"] = mean["cut"] - mean["dense"]
         share = statistics.mean(1 - gap.left_of(line) for line in found)
-        over[f"{mean['rung']}, share"] = share
+        over[f"{mean['stage']}, share"] = share
     answer = (
         f"Plain cut: +{over['cut']:.2f} nats per token. Calibrated: +{over['layer by layer']:.2f}. Healed for minutes: "
         f"+{over['healed']:.2f} ({over['healed, share']:.0%} of the gap closed). `stories260k`, 0.26M parameters, on "

@@ -18,7 +18,7 @@ class Options:
     """What the user asked for. The fields of the receipt's `options`, with which the same bytes can be made again."""
 
     num_expert_sublayers: int = option(
-        2, "sub-layers per decoder layer (default: 2)", flag="sublayers", metavar="M", least=1
+        1, "sub-layers per decoder layer (default: 1, which is exact)", flag="sublayers", metavar="M", least=1
     )
     num_experts_per_sublayer: int = option(
         8, "experts per sub-layer, all active (default: 8)", flag="experts", metavar="K", least=1

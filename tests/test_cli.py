@@ -26,7 +26,9 @@ print("heavy", sorted({"torch", "transformers", "lm_eval", "numpy"} & set(sys.mo
         (["convert", "a", "b", "--experts", "0"], 2),
         (["eval", "a", "--tasks", ","], 2),
         (["nonsense"], 2),
-        ([], 2),
+        ([], 0),
+        (["--version"], 0),
+        (["convert", "a", "b", "--sublayerz", "2"], 2),
         (["convert", "./no/such/folder", "b"], 2),
         (["convert", "org/model", "b", "--calibrate", "/no/such/text"], 2),
         (["heal", "org/model", "b", "--teacher", "./no/such/folder"], 2),
@@ -47,6 +49,35 @@ def test_help_and_argument_errors_need_no_heavy_import(arguments, code):
     """What makes an answer slow is importing torch (seconds); without it the command takes well under one."""
     done = subprocess.run([sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True)
     assert done.stdout.splitlines()[-2:] == [f"code {code}", "heavy []"], done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [(["covert", "a", "b"], "convert"), (["convert", "a", "b", "--sublayerz", "2"], "--sublayers")],
+)
+def test_what_was_probably_meant_is_named(capsys, arguments, meant):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert f"did you mean {meant}?" in capsys.readouterr().err
+
+
+def test_the_package_is_the_command_too():
+    done = subprocess.run([sys.executable, "-m", "finedeep", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("finedeep ")
+
+
+def test_what_a_plain_cut_costs_is_said_before_and_after(capsys, tmp_path, dense):
+    """With the way out; the default, which costs nothing, says none of it."""
+    cost = "loses much of the model (SmolLM2-135M: 8.5 instead of 3.0 nats per token); --calibrate self brings"
+    assert main(["convert", str(dense), str(tmp_path / "two"), "--sublayers", "2", "--experts", "4"]) == 0
+    said = capsys.readouterr()
+    assert cost in said.err
+    assert cost in said.out
+    assert main(["convert", str(dense), str(tmp_path / "one")]) == 0
+    said = capsys.readouterr()
+    assert "M=1 sub-layers of K=8 experts" in said.out
+    assert "exact: the logits equal the dense model's" in said.out
+    assert "loses much" not in said.out + said.err
 
 
 def test_every_subcommand_explains_itself(capsys):

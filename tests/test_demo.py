@@ -1,6 +1,7 @@
 import json
 import random
 
+from finedeep.demo import run as demo
 from finedeep.demo import run_demo
 from finedeep.demo.world import RELATIONS, World
 from finedeep.eval.compare.scores import scores_of
@@ -23,16 +24,19 @@ def test_stories_tell_the_facts():
         assert world.quiz(animal, relation).endswith(f"Answer: {value}")
 
 
-def test_a_short_demo_goes_the_whole_way(tmp_path, capsys):
+def test_a_short_demo_goes_the_whole_way(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(demo.MODELS["M=2 K=8 calibrated"][0], "calibration_tokens", 2048)
+    monkeypatch.setitem(demo.MODELS["M=2 K=8 calibrated"][0], "calibration_steps", 2)
     table = run_demo(tmp_path / "demo", seed=5, steps=3)
     assert table in capsys.readouterr().out
     found = {}
     for path in (tmp_path / "demo/results").rglob("results_*.json"):
         results = json.loads(path.read_text())
         found[results["model_name"].rsplit("/", 1)[-1]] = scores_of(results)
-    assert set(found) == {"dense", "finedeep-M1-K8", "finedeep-M2-K4"}
+    assert set(found) == {"dense", "finedeep-M1-K8", "finedeep-M2-K8-cut", "finedeep-M2-K8-calibrated"}
     assert len(found["dense"]) == 7
     for key, (score, _, _) in found["dense"].items():
         assert abs(found["finedeep-M1-K8"][key][0] - score) <= 1e-3 * abs(score)
     bits = ("demo_text", "bits_per_byte", "none")
-    assert found["finedeep-M2-K4"][bits] != found["dense"][bits]
+    assert found["finedeep-M2-K8-cut"][bits] != found["dense"][bits]
+    assert {path.name for path in (tmp_path / "demo/plots").glob("*.png")} == {"activations.png", "gates.png"}

@@ -27,15 +27,18 @@ STYLE = {
     "svg.hashsalt": "finedeep",  # the same figure, the same bytes
 }
 MOST_LABELS = 24  # along an axis
+MARKERS = "osD^vP*X"  # of sub-layers, in turn
+LEAST_POINTS = 4  # of an axis of percentages, so that a difference of one is seen and rounding is not
+CONSTANT = 1e-6  # gates that are no further apart move nothing, and are not drawn
+DIVERGING = "PuOr_r"  # told apart by colour-blind readers; its middle is a gate of 1, which leaves an output as it is
 
 
 def figures_of(inspections: Inspections) -> dict[str, Figure]:
     """All that can be drawn, by name. `inspections` holds the baseline, if there is one, before the model."""
     model = list(inspections.values())[-1]
     figures = {"activations": activations(inspections), "nsar": nsar(inspections)}
-    if "gates" in model["places"][0]:
-        figures |= {"gates": gates(model), "token_gates": token_gates(model)}
-    return figures
+    drawn = {"gates": gates(model), "token_gates": token_gates(model)} if "gates" in model["places"][0] else {}
+    return figures | {name: figure for name, figure in drawn.items() if figure}
 
 
 def save(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
@@ -63,23 +66,29 @@ def _colours(inspections: Inspections) -> tuple[str, ...]:
 
 
 def differences(rows: Sequence["Row"]) -> Figure | None:
-    """Main metrics that are shares of samples: the difference to the baseline, with its interval."""
-    drawn = [row for row in rows if row.main and row.is_mean and row.difference and row.difference.low is not None]
-    drawn.reverse()
-    if not drawn:
+    """Differences of main metrics to the baseline, with intervals: shares of samples above, perplexities below."""
+    main = [row for row in rows if row.main and row.difference and row.difference.low is not None]
+    means = [row for row in main if row.is_mean]
+    others = [row for row in main if not row.is_mean and row.baseline.value]
+    panels = [(means, False, "Finedeep - dense"), (others, True, "(Finedeep - dense) in % of dense")]
+    panels = [panel for panel in panels if panel[0]]
+    if not panels:
         return None
-
-    def draw(figure: Figure, axes: Any) -> None:
-        axes.axvline(0, color="#767676", linewidth=1)
-        for i, row in enumerate(drawn):
-            d = row.difference
-            axes.plot([d.low, d.high], [i, i], color=COLOURS[1], linewidth=2)
-            axes.plot(d.difference, i, "o", color=COLOURS[1])
-        axes.set_yticks(range(len(drawn)), [f"{row.place.task} ({row.place.metric})" for row in drawn])
-        axes.set_ylim(-0.6, len(drawn) - 0.4)
-        axes.set_xlabel("Finedeep less dense, with 95 % interval")
-
-    return _figure(draw, 1.0 + 0.35 * len(drawn))
+    with rc_context(STYLE):
+        heights = [0.6 + 0.35 * len(drawn) for drawn, *_ in panels]
+        figure = Figure(figsize=(SIZE[0], sum(heights) + 0.4), layout="constrained")
+        FigureCanvasAgg(figure)
+        every = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for axes, (drawn, relative, label) in zip(every, panels, strict=True):
+            axes.axvline(0, color="#767676", linewidth=1)
+            for i, row in enumerate(reversed(drawn)):
+                d, scale = row.difference, 100 / row.baseline.value if relative else 1
+                axes.plot([d.low * scale, d.high * scale], [i, i], color=COLOURS[1], linewidth=2)
+                axes.plot(d.difference * scale, i, "o", color=COLOURS[1])
+            axes.set_yticks(range(len(drawn)), [f"{row.place.task} ({row.place.metric})" for row in reversed(drawn)])
+            axes.set_ylim(-0.6, len(drawn) - 0.4)
+            axes.set_xlabel(f"{label}, with 95 % interval")
+    return figure
 
 
 def activations(inspections: Inspections) -> Figure:
@@ -93,6 +102,16 @@ def activations(inspections: Inspections) -> Figure:
         tau = float(TAU)
         axes.axvspan(-tau, tau, color="#000000", alpha=0.08, linewidth=0)
         axes.set_yscale("log")
+        low, high = found["edges"][0], found["edges"][-1]
+        inner = [tick for tick in axes.get_xticks() if low < tick < high]
+        axes.set_xticks(
+            [low, *inner, high],
+            [
+                f"\N{LESS-THAN OR EQUAL TO} {low:g}",
+                *(f"{tick:g}" for tick in inner),
+                f"\N{GREATER-THAN OR EQUAL TO} {high:g}",
+            ],
+        )
         axes.set_xlabel(f"act(gate); grey: within {TAU} of zero, and so not counted by NSAR")
         axes.set_ylabel("share of all values")
         axes.legend(frameon=False)
@@ -108,15 +127,20 @@ def nsar(inspections: Inspections) -> Figure:
             layers = [layer["layer"] for layer in found["layers"]]
             axes.plot(layers, [100 * layer["nsar"][TAU] for layer in found["layers"]], color=colour, label=name)
             places = [p for p in found["places"] if p["sublayer"] or "gates" in p]
-            axes.scatter(
-                [p["layer"] for p in places],
-                [100 * p["nsar"][TAU] for p in places],
-                color=colour,
-                s=14,
-                label=f"{name}, single sub-layers" if places else None,
-            )
+            for m in sorted({p["sublayer"] for p in places}):
+                own = [p for p in places if p["sublayer"] == m]
+                axes.scatter(
+                    [p["layer"] for p in own],
+                    [100 * p["nsar"][TAU] for p in own],
+                    color=colour,
+                    marker=MARKERS[m % len(MARKERS)],
+                    s=16,
+                    label=f"{name}, sub-layer {m + 1}",
+                )
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_ylim(bottom=0)
+        low, high = axes.get_ylim()
+        more = max(0.0, LEAST_POINTS - (high - low)) / 2
+        axes.set_ylim(max(0.0, low - more), min(100.0, high + more))
         axes.set_xlabel("layer")
         axes.set_ylabel(f"% of |act(gate)| > {TAU}")
         axes.legend(frameon=False, fontsize=9)
@@ -124,34 +148,39 @@ def nsar(inspections: Inspections) -> Figure:
     return _figure(draw)
 
 
-def gates(found: Mapping[str, Any]) -> Figure:
-    """Mean gates, a row for each layer, a column for each expert."""
+def gates(found: Mapping[str, Any]) -> Figure | None:
+    """Mean gates, a row for each layer, a column for each expert; None where they are constant."""
     M = 1 + max(place["sublayer"] for place in found["places"])
     rows = [place["gates"]["mean"] for place in found["places"]]
     table = np.asarray(rows).reshape(len(found["layers"]), -1)
-    K, c = table.shape[1] // M, found["places"][0]["gates"]["c"]
+    K = table.shape[1] // M
+    if np.ptp(table) < CONSTANT:
+        return None
 
     def draw(figure: Figure, axes: Any) -> None:
-        image = axes.imshow(table, aspect="auto", cmap="viridis", vmin=0, vmax=c, interpolation="nearest")
+        image = axes.imshow(table, aspect="auto", interpolation="nearest", **_around_one(table))
         for m in range(1, M):
             axes.axvline(m * K - 0.5, color="white", linewidth=2)
         axes.set_xticks([m * K + (K - 1) / 2 for m in range(M)], [f"sub-layer {m + 1}: {K} experts" for m in range(M)])
         axes.yaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel("layer")
+        axes.set_title(f"Mean gates lie between {table.min():.2f} and {table.max():.2f}", fontsize=10)
         figure.colorbar(image, ax=axes, label="mean gate")
 
     return _figure(draw, min(6.0, max(2.4, 1.2 + 0.22 * len(table))))
 
 
-def token_gates(found: Mapping[str, Any]) -> Figure:
-    """The gates along the text's beginning, in the layer where they move most."""
+def token_gates(found: Mapping[str, Any]) -> Figure | None:
+    """The gates along the text's beginning, in the layer where they move most; None where they are constant."""
     table = np.asarray(found["token_gates"])  # (tokens, layer, M, K)
     layer = int(table.std(0).mean((1, 2)).argmax())
     rows = table[:, layer].reshape(len(table), -1).T  # (M K, tokens)
-    M, c = table.shape[2], found["places"][0]["gates"]["c"]
+    M = table.shape[2]
+    if np.ptp(rows) < CONSTANT:
+        return None
 
     def draw(figure: Figure, axes: Any) -> None:
-        image = axes.imshow(rows, aspect="auto", cmap="viridis", vmin=0, vmax=c, interpolation="nearest")
+        image = axes.imshow(rows, aspect="auto", interpolation="nearest", **_around_one(rows))
         for m in range(1, M):
             axes.axhline(m * len(rows) / M - 0.5, color="white", linewidth=2)
         axes.set_xticks(range(len(table)), [_label(token) for token in found["tokens"]], rotation=90, fontsize=8)
@@ -159,10 +188,16 @@ def token_gates(found: Mapping[str, Any]) -> Figure:
         names = [f"{m + 1}.{k + 1}" for m in range(M) for k in range(table.shape[3])]
         axes.set_yticks(range(0, len(rows), step), names[::step], fontsize=8)
         axes.set_ylabel("sub-layer.expert")
-        axes.set_title(f"layer {layer}", fontsize=10)
+        axes.set_title(f"Layer {layer}, where gates move most from token to token", fontsize=10)
         figure.colorbar(image, ax=axes, label="gate")
 
     return _figure(draw, min(6.0, max(3.0, 1.8 + 0.16 * len(rows))))
+
+
+def _around_one(gates: np.ndarray) -> dict[str, Any]:
+    """Colours with 1 in the middle, as far to both sides as the gates go."""
+    most = max(float(np.abs(gates - 1).max()), CONSTANT)
+    return {"cmap": DIVERGING, "vmin": 1 - most, "vmax": 1 + most}
 
 
 def _label(token: str) -> str:

@@ -29,7 +29,7 @@ from test_families import CASES, make_family
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 CPU = torch.device("cpu")
-QUICK = {"calibration_tokens": 4096, "calibration_steps": 12, "num_experts_per_sublayer": 4}
+QUICK = {"calibration_tokens": 4096, "calibration_steps": 12, "num_expert_sublayers": 2, "num_experts_per_sublayer": 4}
 
 
 def calibrate(dense, out, text, **options):
@@ -69,8 +69,10 @@ def gentle(tmp_path_factory):
 def test_the_streams_are_those_of_the_models(tmp_path, case):
     """Of every family, against its own class: the stream after each layer, dense and cut."""
     dense = make_family(tmp_path / "dense", *CASES[case])
-    plan = make_plan(open_checkpoint(tmp_path / "dense"), Options(num_experts_per_sublayer=4))
-    convert_checkpoint(tmp_path / "dense", tmp_path / "cut", num_experts_per_sublayer=4, progress=False)
+    plan = make_plan(open_checkpoint(tmp_path / "dense"), Options(num_expert_sublayers=2, num_experts_per_sublayer=4))
+    convert_checkpoint(
+        tmp_path / "dense", tmp_path / "cut", num_expert_sublayers=2, num_experts_per_sublayer=4, progress=False
+    )
     ids = tokens(3, 24)
     seen = {"dense": streams(dense, ids), "finedeep": streams(load(tmp_path / "cut"), ids)}
     stream = Stream(plan, ids, CPU)
@@ -217,7 +219,7 @@ def test_the_last_layers_objective_is_the_models_divergence(gentle):
     objective = logit_divergence(
         model.model.norm.weight,
         model.lm_head.weight,
-        make_plan(open_checkpoint(gentle), Options(num_experts_per_sublayer=4)).config,
+        make_plan(open_checkpoint(gentle), Options(num_expert_sublayers=2, num_experts_per_sublayer=4)).config,
     )
     p, q = (model.lm_head(model.model.norm(x)).softmax(-1).numpy() for x in (h, other))
     assert objective.error(other, h).item() == pytest.approx(rel_entr(p, q).sum(-1).mean(), rel=1e-5)
@@ -256,7 +258,7 @@ def test_any_number_of_steps(gentle, steps):
 def test_calibration_brings_the_model_nearer(tmp_path, gentle, text):
     """Measured on the whole model's logits, on a text that it was not calibrated on."""
     done = calibrate(gentle, tmp_path / "calibrated", text, calibration_tokens=8192, calibration_steps=60)
-    convert_checkpoint(gentle, tmp_path / "cut", num_experts_per_sublayer=4, progress=False)
+    convert_checkpoint(gentle, tmp_path / "cut", num_expert_sublayers=2, num_experts_per_sublayer=4, progress=False)
     ids = AutoTokenizer.from_pretrained(gentle)("there was no text at all. once of meaning a time", return_tensors="pt")
     wanted = LlamaForCausalLM.from_pretrained(gentle)(**ids).logits.log_softmax(-1)
     off = {}
@@ -482,15 +484,15 @@ def test_sampled_windows_follow_the_models_probabilities(dense):
 def test_a_long_text_is_read_from_all_over(tmp_path, dense):
     path = tmp_path / "long.txt"
     path.write_text("".join(chr(ord("a") + i * 26 // 200_000) for i in range(200_000)))
-    config = make_plan(open_checkpoint(dense), Options(num_experts_per_sublayer=4)).config
+    config = make_plan(open_checkpoint(dense), Options(num_expert_sublayers=2, num_experts_per_sublayer=4)).config
     windows = text_windows(dense, path, config, 4096)
     assert windows.numel() <= 4096
     assert len(windows.unique()) >= 24
 
 
 def test_self_needs_no_text(tmp_path, dense, capsys):
-    arguments = ["convert", str(dense), str(tmp_path / "out"), "--calibrate", "self", "--calibration-tokens", "4096"]
-    assert main([*arguments, "--calibration-steps", "3"]) == 0
+    arguments = ["convert", str(dense), str(tmp_path / "out"), "--sublayers", "2", "--calibrate", "self"]
+    assert main([*arguments, "--calibration-tokens", "4096", "--calibration-steps", "3"]) == 0
     said = capsys.readouterr()
     assert "layer 1: relative error cut" in said.err
     assert "relative errors on held-out text" in said.out

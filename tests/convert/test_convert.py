@@ -81,8 +81,14 @@ def test_one_sublayer_gives_the_dense_logits(tmp_path, variant, routing_function
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"num_experts_per_sublayer": 50}, r"56 of padding \(127%\); K=22 is the nearest without"),
-        ({"num_experts_per_sublayer": 50, "mode": "grow"}, r"6 of padding \(14%\); K=44 is the nearest without"),
+        (
+            {"num_expert_sublayers": 2, "num_experts_per_sublayer": 50},
+            r"56 of padding \(127%\); K=22 is the nearest without",
+        ),
+        (
+            {"num_expert_sublayers": 2, "num_experts_per_sublayer": 50, "mode": "grow"},
+            r"6 of padding \(14%\); K=44 is the nearest without",
+        ),
         ({"num_expert_sublayers": 3}, r"4 of padding \(9%\); no K goes without, with M=3"),
         ({"num_experts_per_sublayer": 8}, None),  # four of 48
     ],
@@ -220,7 +226,7 @@ def test_the_tokens_are_those_of_the_dense_model(tmp_path, family, legacy):
 @pytest.mark.parametrize(
     "command",
     [
-        ("convert", "source", "out", "--calibrate", "text.txt"),
+        ("convert", "source", "out", "--sublayers=2", "--calibrate", "text.txt"),
         pytest.param(("convert", "source", "out"), marks=pytest.mark.slow),
         ("eval", "source", "--local", "."),
         pytest.param(("inspect", "source", "text.txt"), marks=pytest.mark.slow),

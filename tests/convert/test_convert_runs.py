@@ -26,11 +26,11 @@ from safetensors.torch import load_file, save_file
 from test_convert import assert_same_logits, fingerprint, load
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-SMALL_SHARDS = {"max_shard_size": "20KB", "progress": False}
+SMALL_SHARDS = {"num_expert_sublayers": 2, "max_shard_size": "20KB", "progress": False}
 
 
 def convert(dense, out, **options):
-    return convert_checkpoint(dense, out, **{"progress": False, **options})
+    return convert_checkpoint(dense, out, **{"num_expert_sublayers": 2, "progress": False, **options})
 
 
 # --- plan and receipt ------------------------------------------------------------------------------------------------
@@ -42,7 +42,7 @@ def all_layers(name):
 
 def test_the_plan_names_every_tensor_and_writes_nothing(tmp_path, capsys, dense):
     before = fingerprint(tmp_path)
-    assert main(["convert", str(dense), str(tmp_path / "out"), "--dry-run"]) == 0
+    assert main(["convert", str(dense), str(tmp_path / "out"), "--sublayers", "2", "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert fingerprint(tmp_path) == before
     convert(dense, tmp_path / "out")
@@ -108,7 +108,10 @@ def test_the_memory_of_a_whole_model_is_told_of(tmp_path):
     parameters = sum(p.numel() for p in LlamaForCausalLM.from_pretrained(dense).parameters())
     assert plan_conversion(dense).memory < parameters
     assert plan_conversion(dense, assignment="activity", text="text.txt").memory == 2 * parameters
-    assert plan_conversion(dense, calibrate="self", calibration_tokens=1000).memory == 4 * parameters
+    assert (
+        plan_conversion(dense, num_expert_sublayers=2, calibrate="self", calibration_tokens=1000).memory
+        == 4 * parameters
+    )
 
 
 def test_activity_puts_the_most_active_neurons_first(tmp_path, dense):

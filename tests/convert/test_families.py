@@ -136,7 +136,12 @@ def test_each_family_has_a_case(model_type):
 def test_every_family_is_cut_and_grown(tmp_path, model_type, options):
     dense = make_family(tmp_path / "dense", model_type, next(c for f, c in CASES.values() if f == model_type))
     done = convert_checkpoint(
-        tmp_path / "dense", tmp_path / "out", num_experts_per_sublayer=4, progress=False, **options
+        tmp_path / "dense",
+        tmp_path / "out",
+        num_expert_sublayers=2,
+        num_experts_per_sublayer=4,
+        progress=False,
+        **options,
     )
     ids = torch.arange(40)[None]
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()(ids).logits

@@ -41,7 +41,7 @@ QUICK = {"tokens": 4096, "context": 32, "steps": 12, "batch_size": 4, "progress"
 @pytest.fixture(scope="module")
 def cut(dense, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cut") / "cut"
-    convert_checkpoint(dense, folder, num_experts_per_sublayer=4, progress=False)
+    convert_checkpoint(dense, folder, num_expert_sublayers=2, num_experts_per_sublayer=4, progress=False)
     return folder
 
 
@@ -167,7 +167,12 @@ def test_values_are_json_or_pythons_or_text(text, value):
 def test_a_tied_model_stays_tied(tmp_path):
     make_dense(tmp_path / "dense", tie_word_embeddings=True)
     convert_checkpoint(
-        tmp_path / "dense", tmp_path / "cut", num_experts_per_sublayer=4, dtype="bfloat16", progress=False
+        tmp_path / "dense",
+        tmp_path / "cut",
+        num_expert_sublayers=2,
+        num_experts_per_sublayer=4,
+        dtype="bfloat16",
+        progress=False,
     )
     heal(tmp_path / "cut", tmp_path / "out", teacher=str(tmp_path / "dense"), **{**QUICK, "steps": 1})
     names = [set(load_file(tmp_path / name / "model.safetensors")) for name in ("cut", "out")]
@@ -197,7 +202,9 @@ def test_without_a_teacher_the_next_token_is_learnt(tmp_path, cut):
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
 def test_the_dtype_is_kept(tmp_path, dense, dtype):
     """The stored one as the file's, and config.json's, which may be another, as the configuration's."""
-    convert_checkpoint(dense, tmp_path / "cut", num_experts_per_sublayer=4, dtype="bfloat16", progress=False)
+    convert_checkpoint(
+        dense, tmp_path / "cut", num_expert_sublayers=2, num_experts_per_sublayer=4, dtype="bfloat16", progress=False
+    )
     path = tmp_path / "cut/config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": "float32"}))
     heal(tmp_path / "cut", tmp_path / "out", teacher=str(dense), **{**QUICK, "steps": 2})

@@ -63,7 +63,7 @@ def test_an_attention_that_is_not_installed_here_is_no_matter(tmp_path, dense, f
     folder = shutil.copytree(dense, tmp_path / "dense")
     config = json.loads((folder / "config.json").read_text()) | {field: "flash_attention_2"}
     (folder / "config.json").write_text(json.dumps(config))
-    quick = {"calibration_tokens": 1024, "calibration_steps": 0}
+    quick = {"num_expert_sublayers": 2, "calibration_tokens": 1024, "calibration_steps": 0}
     convert_checkpoint(folder, tmp_path / "out", progress=False, calibrate="self", **quick)
     assert field not in json.loads((tmp_path / "out/config.json").read_text())
 

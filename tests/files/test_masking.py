@@ -95,7 +95,7 @@ def test_healing_writes_down_no_secret_and_no_path(tmp_path, dense, monkeypatch)
     """Not in its checkpoints either, into which `Trainer` pickles its arguments."""
     place = tmp_path / "somewhere"
     make_dense(place / "teacher")
-    convert_checkpoint(dense, place / "cut", num_experts_per_sublayer=4, progress=False)
+    convert_checkpoint(dense, place / "cut", num_expert_sublayers=2, num_experts_per_sublayer=4, progress=False)
     (place / "text.txt").write_text("There was a text. " * 400)
     training = {"hub_token": SECRET, "run_name": f"by {SECRET}", "save_steps": 1}
     in_checkpoints = []
@@ -123,7 +123,13 @@ def test_a_conversions_receipt_names_its_text_and_says_no_path(tmp_path, dense, 
     text = tmp_path / "somewhere/text.txt"
     text.parent.mkdir()
     text.write_text("There was a text. " * 800)
-    words = [option, str(text), *(["--assignment", "activity"] if option == "--assignment-text" else [])]
+    words = [
+        "--sublayers",
+        "2",
+        option,
+        str(text),
+        *(["--assignment", "activity"] if option == "--assignment-text" else []),
+    ]
     words += ["--calibration-steps", "1", "--calibration-tokens", "4096", "--quiet"]
     assert main(["convert", str(dense), str(tmp_path / "out"), *words]) == 0
     receipt = json.loads((tmp_path / "out" / RECEIPT).read_text())

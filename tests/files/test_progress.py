@@ -32,7 +32,8 @@ def test_quiet_is_quiet(dense, capsys):
 
 
 def test_calibration_and_healing_say_what_there_is_to_do(tmp_path, dense, capsys):
-    quick = {"calibrate": "self", "calibration_tokens": 1024, "calibration_steps": 2, "num_experts_per_sublayer": 4}
+    quick = {"calibrate": "self", "calibration_tokens": 1024, "calibration_steps": 2}
+    quick |= {"num_expert_sublayers": 2, "num_experts_per_sublayer": 4}
     convert_checkpoint(dense, tmp_path / "cut", **quick)
     said = capsys.readouterr().err
     assert "Calibrating on 1,024 tokens sampled from the dense model: 2 layers, 2 steps each; at least about" in said

@@ -56,7 +56,7 @@ def test_healing_and_calibration_learn_the_records(tmp_path, dense):
     windows = healing_windows(str(path), dense, 260, 32, 10_000, None, 0, False)
     ordered = torch.tensor(wanted[: len(wanted) // 32 * 32]).view(-1, 32)
     assert sorted(windows.tolist()) == sorted(ordered.tolist())
-    quick = {"calibration_tokens": 2048, "calibration_steps": 0, "progress": False}
+    quick = {"num_expert_sublayers": 2, "calibration_tokens": 2048, "calibration_steps": 0, "progress": False}
     convert_checkpoint(dense, tmp_path / "out", calibrate=str(path), **quick)
 
 
