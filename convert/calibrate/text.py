@@ -145,51 +145,57 @@ def sampled_batches(
     _check_bos(model.config)
     # The checkpoint's own may have penalties, which would make another text than the model's.
     model.generation_config = GenerationConfig()
-    config = model.config
-    length = length or window_of(config)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize
-    cache = CACHE if model.device.type == "cpu" else CACHE_OF_ACCELERATORS
-    at_a_time = min(AT_A_TIME, max(1, cache // (per_token * length)))
-    number = max(2, tokens // length)
+    length = length or window_of(model.config)
+    number, at_a_time = max(2, tokens // length), _at_a_time(model, length)
     sizes = [min(at_a_time, number - done) for done in range(0, number, at_a_time)]
     generator = torch.Generator().manual_seed(seed)
     seeds = torch.randint(2**63 - 1, (len(sizes),), generator=generator).tolist()
     mine = list(zip(sizes, seeds, strict=True))[process::processes]
     total = sum(size for size, _ in mine) * length
-    found = []
     with (
         torch.random.fork_rng([model.device] if model.device.type == "cuda" else []),
         Progress("Sampling", total, "tokens", progress) as bar,
     ):
-        for size, own_seed in mine:
-            torch.manual_seed(own_seed)
-            first = torch.randint(config.vocab_size, (size, 1))
-            if config.bos_token_id is not None:
-                first.fill_(config.bos_token_id)
-            first = first.to(model.device)
-            bar.update(size)
-            texts = _generate(
-                model,
-                first,
-                attention_mask=torch.ones_like(first),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                num_beams=1,
-                min_length=length,
-                max_length=length,
-                eos_token_id=None,
-                pad_token_id=0,
-                cache_implementation="static",  # nothing is copied as the texts grow
-                disable_compile=True,
-                synced_gpus=False,  # processes may have different numbers of batches
-                stopping_criteria=StoppingCriteriaList([_Counting(bar)]),
-            )
-            found.append(texts.cpu())
-    return found
+        return [_sampled(model, size, own_seed, length, bar) for size, own_seed in mine]
+
+
+def _at_a_time(model: PreTrainedModel, length: int) -> int:
+    """How many texts of so many tokens are sampled at a time, by the memory that their keys and values take."""
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    per_token = 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize
+    cache = CACHE if model.device.type == "cpu" else CACHE_OF_ACCELERATORS
+    return min(AT_A_TIME, max(1, cache // (per_token * length)))
+
+
+def _sampled(model: PreTrainedModel, size: int, seed: int, length: int, bar: Progress) -> torch.Tensor:
+    """(size, length) token ids."""
+    torch.manual_seed(seed)
+    first = torch.randint(model.config.vocab_size, (size, 1))
+    if model.config.bos_token_id is not None:
+        first.fill_(model.config.bos_token_id)
+    first = first.to(model.device)
+    bar.update(size)
+    texts = _generate(
+        model,
+        first,
+        attention_mask=torch.ones_like(first),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        num_beams=1,
+        min_length=length,
+        max_length=length,
+        eos_token_id=None,
+        pad_token_id=0,
+        cache_implementation="static",  # nothing is copied as the texts grow
+        disable_compile=True,
+        synced_gpus=False,  # processes may have different numbers of batches
+        stopping_criteria=StoppingCriteriaList([_Counting(bar)]),
+    )
+    return texts.cpu()
 
 
 class _Counting(StoppingCriteria):

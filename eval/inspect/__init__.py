@@ -1,1 +1,6 @@
-"""What a model's FFNs do on a text: recorded as it goes by, summed up, drawn."""
+"""What a model's FFNs do on a text.
+
+recorder        hooks that add up what goes by
+inspection      a text sent through a model, and what the sums say
+plots           figures of it
+"""

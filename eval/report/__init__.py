@@ -1,1 +1,5 @@
-"""What models cost, and all that an evaluation found on one page."""
+"""What models cost, and all that an evaluation has found on one page.
+
+cost            parameters, FLOPs, tokens per second, peak memory
+page            the page, of report.html
+"""

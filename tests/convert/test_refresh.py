@@ -225,7 +225,7 @@ def test_commands_say_when_a_folders_code_is_older(old, tmp_path, capsys, monkey
     def stop(*_, **__):
         raise ConversionError("stopped here")
 
-    monkeypatch.setattr("finedeep.convert.hub.push.standalone_logits", stop)
+    monkeypatch.setattr("finedeep.convert.hub.push._check_repository", stop)  # what comes after what is told
     assert main(["push", str(old), "org/model"]) == 2
     assert f"replace it: `finedeep refresh {old}`" in capsys.readouterr().err
     assert main(["push", str(old), "org/model", "--trust-remote-code"]) == 2
