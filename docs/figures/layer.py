@@ -70,10 +70,10 @@ def sublayer() -> list[str]:
     for name, y in (("1", 192), ("2", 246), ("K", 322)):
         parts += [
             path((206, middle), (206, y), (232, y)),
-            box(232, y - 19, 226, 38, "expert", f"E_{name} = W_down (act(W_gate n) · W_up n)", size=12),
+            box(232, y - 19, 226, 38, "expert", f"E_{name} = W_down (act(W_gate n) · W_up n)", size=11),
             path((458, y), (655, y)),
             path((480, y), (480, y + 20), (500, y + 20), arrow=False),
-            box(500, y + 8, 116, 24, "gate", f"g_{name} = c {SIGMA}(⟨w_{name}, E_{name}⟩)", size=11),
+            box(500, y + 8, 116, 24, "gate", f"g_{name} = c {SIGMA}(⟨w_{name}, E_{name}⟩)", size=10),
             path((616, y + 20), (666, y + 20), (666, y + 11)),
             circle(666, y, TIMES),
             path((677, y), (722, y), (722, middle), (733, middle)),
