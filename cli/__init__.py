@@ -1,17 +1,22 @@
 """The `finedeep` command. Parsing arguments imports neither torch nor transformers."""
 
 import argparse
+import dataclasses
 import importlib
+import json
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from .suggestions import Parser
 
-# name of the subcommand -> what it does; its module has `add_arguments(parser)` and `run(arguments)`
+# name of the subcommand -> what it does; its module has `add_arguments(parser)` and `run(arguments)`, which returns
+# what --json prints
 SUBCOMMANDS = {
     "convert": "cut a dense checkpoint into a Finedeep checkpoint",
     "heal": "train a converted model on, to say what its dense teacher says",
@@ -41,11 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(subparser)
+        subparser.add_argument(
+            "--json", action="store_true", help="print the result as JSON on stdout, all that is told on stderr"
+        )
         subparser.set_defaults(run=module.run)
     arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if "run" not in arguments:
         parser.print_help()
         return 0
+    run, as_json = vars(arguments).pop("run"), vars(arguments).pop("json")
     # A library's chatter (progress of loading, advice) would drown the command's own lines.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for library in ("torchao", "torch.utils._pytree"):  # complain, on import, of kernels that this command never uses
@@ -58,7 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         else usual(message, category, *rest)
     )
     try:
-        arguments.run(arguments)
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            result = run(arguments)
+        if as_json:
+            print(json.dumps(result, default=_in_json, indent=1))
     except KeyboardInterrupt as interruption:
         print(". ".join(["finedeep: interrupted", *_notes(interruption)]), file=sys.stderr)
         return 130
@@ -70,6 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         warnings.formatwarning = usual
     return 0
+
+
+def _in_json(value: Any) -> Any:
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)
 
 
 def _version() -> str:

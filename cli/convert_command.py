@@ -21,6 +21,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from finedeep_files.conversion_options import Options
 from finedeep_files.inputs import check_model, check_text
@@ -28,6 +29,9 @@ from finedeep_files.working_folder import WorkingFolder
 
 from .argument_types import assignment
 from .option_arguments import add_options
+
+if TYPE_CHECKING:
+    from finedeep.convert import Conversion
 
 # Nats per token on WikiText-2's validation text: examples/real/results.json.
 CUT = (
@@ -57,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--quiet", action="store_true", help="no progress bar, no summary")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> Any:
     """Convert and say what was made."""
     if not arguments.dry_run:
         WorkingFolder(Path(arguments.destination), resume=arguments.resume, overwrite=arguments.overwrite).check()
@@ -73,16 +77,20 @@ def run(arguments: argparse.Namespace) -> None:
     source, destination = given.pop("source"), given.pop("destination")
     quiet, dry_run = given.pop("quiet"), given.pop("dry_run")
     where = {name: given.pop(name) for name in ("resume", "overwrite")}
-    given.pop("run", None)
     plain_cut = arguments.num_expert_sublayers > 1 and arguments.mode == "split" and not arguments.calibrate
     if plain_cut and not quiet:
         print(f"finedeep: {CUT}", file=sys.stderr, flush=True)
     if dry_run:
-        print(plan_conversion(source, **given).text())
-        return
+        plan = plan_conversion(source, **given)
+        print(plan.text())
+        return {"plan": plan.text()}
     done = convert_checkpoint(source, destination, **where, progress=not quiet, **given)
-    if quiet:
-        return
+    if not quiet:
+        _tell(done, plain_cut, calibrate=arguments.calibrate)
+    return done
+
+
+def _tell(done: "Conversion", plain_cut: bool, calibrate: str | None) -> None:
     M, K = done.num_expert_sublayers, done.num_experts_per_sublayer
     padding = f", {done.padded_neurons} of its neurons zero padding" if done.padded_neurons else ""
     growth = done.finedeep_parameters / done.dense_parameters - 1
@@ -94,7 +102,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"  layers' relative errors on held-out text: up to {cut:.2f} as cut, {calibrated:.2f} calibrated")
     if done.exact:
         print("  exact: the logits equal the dense model's")
-        if arguments.calibrate:
+        if calibrate:
             print("  not calibrated: there was nothing to calibrate")
     elif done.calibration:
         print("  not exact: `finedeep heal` brings the loss nearer to the dense model's")

@@ -31,6 +31,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from finedeep_files.evaluation_options import EvaluationOptions
 from finedeep_files.inputs import InputError, check_folder, check_model, check_text
@@ -89,10 +90,10 @@ def _check(arguments: argparse.Namespace) -> None:
     check_tasks(arguments.tasks, arguments.include_path)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> Any:
     """Score, compare and print."""
     _check(arguments)
-    given = {key: value for key, value in vars(arguments).items() if key != "run"}
+    given = vars(arguments).copy()
     quiet, model, baseline = given.pop("quiet"), given.pop("model"), given.pop("baseline")
     given["model_args"] = dict(given["model_args"])
     if quiet:
@@ -112,7 +113,8 @@ def run(arguments: argparse.Namespace) -> None:
         study(model, baseline, progress=not quiet, **given) if baseline else score(model, progress=not quiet, **given)
     )
     if done is None:
-        return
+        return None
     print(done.markdown)
     if arguments.output:
         print(f"\nresults, samples{' and report.html' if baseline else ''}: {arguments.output}")
+    return done.comparison or done.results["model"]["results"]

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> dict[str, str]:
     """Export and say where."""
     WorkingFolder(Path(arguments.destination)).check()
     check_model(arguments.source)
@@ -37,3 +37,4 @@ def run(arguments: argparse.Namespace) -> None:
     )
     if not arguments.quiet:
         print(f'{folder}: load it with AutoModelForCausalLM.from_pretrained("{folder}")')
+    return {"folder": str(folder)}

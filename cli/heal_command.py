@@ -22,6 +22,7 @@ examples:
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from finedeep_files.healing_options import HealingOptions
 from finedeep_files.inputs import check_model
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--quiet", action="store_true", help="no progress bar, no summary")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> Any:
     """Heal and say how far it went."""
     WorkingFolder(Path(arguments.destination), resume=arguments.resume, overwrite=arguments.overwrite).check()
     for model in filter(None, (arguments.model, arguments.teacher)):
@@ -54,11 +55,10 @@ def run(arguments: argparse.Namespace) -> None:
     from finedeep_files.processes import is_first_process
 
     given = vars(arguments).copy()
-    given.pop("run", None)
     model, destination, quiet = given.pop("model"), given.pop("destination"), given.pop("quiet")
     done = heal(model, destination, progress=not quiet, **{**given, "training": dict(given["training"])})
     if quiet or not is_first_process():
-        return
+        return done
     print(f"{done.folder}: trained on {done.tokens_seen:,} tokens; on held-out ones, in nats per token:")
     names = {"next_token": "next-token loss", "divergence": "KL from the teacher"}
     for name, before in done.before.items():
@@ -66,3 +66,4 @@ def run(arguments: argparse.Namespace) -> None:
     if all(done.after[name] > before for name, before in done.before.items()):
         print("  which is worse than before: a lower --learning-rate is wanted, or more text", file=sys.stderr)
     print(f'  load it with AutoModelForCausalLM.from_pretrained("{done.folder}", trust_remote_code=True)')
+    return done

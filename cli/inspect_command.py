@@ -15,6 +15,7 @@ examples:
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from finedeep_files.evaluation_options import DTYPES
 from finedeep_files.inputs import check_model, check_text
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--quiet", action="store_true", help="no progress bar")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Inspect and print a table."""
     if arguments.output:
         WorkingFolder(Path(arguments.output), overwrite=arguments.overwrite).check()
@@ -70,3 +71,4 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.output:
         for path in save(found, arguments.output, arguments.overwrite):
             print(path)
+    return found

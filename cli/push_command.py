@@ -15,6 +15,7 @@ examples:
 """
 
 import argparse
+from typing import Any
 
 from finedeep_files.inputs import check_folder
 
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="say nothing but the address")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> Any:
     """Push and print the address."""
     check_folder(arguments.folder, "a Finedeep model", ("config.json",))
     from finedeep.convert import push_folder
@@ -51,3 +52,4 @@ def run(arguments: argparse.Namespace) -> None:
     print(pushed.url)
     if not arguments.quiet:
         print(f"revision {pushed.revision}: the same logits as {arguments.folder}")
+    return pushed

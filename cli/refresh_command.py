@@ -15,6 +15,7 @@ examples:
 """
 
 import argparse
+from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="say nothing")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> Any:
     """Refresh and say what was changed."""
     from finedeep.convert.hub.refresh import refresh_code, summary_of
 
@@ -40,3 +41,4 @@ def run(arguments: argparse.Namespace) -> None:
     )
     if not arguments.quiet:
         print(summary_of(arguments.model, done, arguments.dry_run))
+    return done

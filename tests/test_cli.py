@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -99,3 +100,13 @@ def test_convert_says_what_it_made(capsys, tmp_path, dense):
     printed = capsys.readouterr().out
     for part in ("M=2 sub-layers of K=4 experts, 6 neurons each", "4 of its neurons zero padding", "not exact"):
         assert part in printed
+
+
+def test_json_is_all_that_stdout_has(capsys, tmp_path, dense):
+    assert main(["convert", str(dense), str(tmp_path / "out"), "--json"]) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert (found["num_expert_sublayers"], found["exact"], found["folder"]) == (1, True, str(tmp_path / "out"))
+    assert "exact: the logits equal the dense model's" in said.err
+    assert main(["refresh", str(tmp_path / "out"), "--json", "--quiet"]) == 0
+    assert json.loads(capsys.readouterr().out)["changes"] == {}
