@@ -1,6 +1,7 @@
 """Calibration: the streams are the models', the solutions are least squares', and nothing is lost on the way."""
 
 import copy
+import errno
 import json
 
 import numpy as np
@@ -312,7 +313,7 @@ def test_what_is_exact_stays_exact(tmp_path, dense, text, exact):
 
 def test_a_stopped_calibration_goes_on_with_the_next_layer(tmp_path, dense, text, monkeypatch):
     out, climbed = tmp_path / "out", []
-    climb = Calibration._climb
+    climb = Calibration._best_stage
 
     def stopping(self, cut, u, dense_u, wanted, i, held, bar):
         climbed.append(i)
@@ -320,7 +321,7 @@ def test_a_stopped_calibration_goes_on_with_the_next_layer(tmp_path, dense, text
             raise KeyboardInterrupt
         return climb(self, cut, u, dense_u, wanted, i, held, bar)
 
-    monkeypatch.setattr(Calibration, "_climb", stopping)
+    monkeypatch.setattr(Calibration, "_best_stage", stopping)
     with pytest.raises(KeyboardInterrupt, match="--resume continues"):
         calibrate(dense, out, text)
     assert not out.exists()
@@ -335,7 +336,7 @@ def test_a_changed_text_is_not_gone_on_with(tmp_path, dense, text, monkeypatch):
     mine = tmp_path / "text.txt"
     mine.write_bytes(text.read_bytes())
 
-    climb = Calibration._climb
+    climb = Calibration._best_stage
 
     def stop(self, cut, u, dense_u, wanted, i, *more):
         if i == 1:
@@ -343,7 +344,7 @@ def test_a_changed_text_is_not_gone_on_with(tmp_path, dense, text, monkeypatch):
         return climb(self, cut, u, dense_u, wanted, i, *more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Calibration, "_climb", stop)
+        patch.setattr(Calibration, "_best_stage", stop)
         with pytest.raises(KeyboardInterrupt):
             calibrate(dense, tmp_path / "out", mine)
     mine.write_bytes(text.read_bytes()[::-1])
@@ -407,22 +408,24 @@ def test_an_ffn_that_does_nothing_is_left_alone(tmp_path, text):
 def test_a_text_that_changes_meanwhile_is_not_what_the_receipt_names(tmp_path, dense, text, monkeypatch):
     mine = tmp_path / "text.txt"
     mine.write_bytes(text.read_bytes())
-    climb = Calibration._climb
+    climb = Calibration._best_stage
 
     def removing(self, *arguments):
         mine.unlink(missing_ok=True)
         return climb(self, *arguments)
 
-    monkeypatch.setattr(Calibration, "_climb", removing)
+    monkeypatch.setattr(Calibration, "_best_stage", removing)
     calibrate(dense, tmp_path / "out", mine)
     receipt = json.loads((tmp_path / "out" / RECEIPT).read_text())
     assert receipt["calibration"]["text"] == {"name": "text.txt", "sha256": sha256(text)}
 
 
-@pytest.mark.parametrize("error", [RuntimeError("out of memory"), ConversionError("not finite"), OSError("disk full")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("out of memory"), ConversionError("not finite"), OSError(errno.ENOSPC, "disk full")]
+)
 def test_no_error_costs_what_is_done(tmp_path, dense, text, monkeypatch, error):
     """Nor does the same command, typed again without a thought."""
-    climb = Calibration._climb
+    climb = Calibration._best_stage
 
     def failing(self, cut, u, dense_u, wanted, i, held, bar):
         if i == 1:
@@ -430,7 +433,7 @@ def test_no_error_costs_what_is_done(tmp_path, dense, text, monkeypatch, error):
         return climb(self, cut, u, dense_u, wanted, i, held, bar)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Calibration, "_climb", failing)
+        patch.setattr(Calibration, "_best_stage", failing)
         with pytest.raises((RuntimeError, ConversionError), match="--resume continues from it, --overwrite starts"):
             calibrate(dense, tmp_path / "out", text)
     assert (WorkingFolder(tmp_path / "out").path / LAYER.format(0)).exists()

@@ -329,7 +329,7 @@ def test_a_place_that_was_taken_meanwhile_costs_nothing(tmp_path, dense, monkeyp
             convert_checkpoint(dense, out, **options)
     (out / "other.txt").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(Calibration, "_climb", lambda *_: pytest.fail("calibrated again"))
+        patch.setattr(Calibration, "_best_stage", lambda *_: pytest.fail("calibrated again"))
         convert_checkpoint(dense, out, resume=True, **options)
     assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
     convert_checkpoint(dense, tmp_path / "at once", **options)
