@@ -138,7 +138,6 @@ def test_every_family_is_cut_and_grown(tmp_path, model_type, options):
     done = convert_checkpoint(
         tmp_path / "dense",
         tmp_path / "out",
-        num_expert_sublayers=2,
         num_experts_per_sublayer=4,
         progress=False,
         **options,
