@@ -32,7 +32,7 @@ demo: $(INSTALLED)
 
 # two files at a time, each on one thread: most tests are of tiny models, which two threads make no faster
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m 'not slow' --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m 'not slow' --numprocesses 2 --dist loadfile --durations 10
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest tests -m slow --ignore=tests/official
