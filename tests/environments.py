@@ -48,9 +48,10 @@ def environment(
     return python
 
 
-def fast_tests(python: Path) -> tuple[str, bool]:
+def fast_tests(python: Path, processes: int = 1) -> tuple[str, bool]:
     """pytest's last line in short, and whether all passed."""
-    done = run([python, "-m", "pytest", "tests", "-m", "not slow", "-q"], capture_output=True)
+    parallel = ["--numprocesses", str(processes), "--dist", "loadfile"] if processes > 1 else []
+    done = run([python, "-m", "pytest", "tests", "-m", "not slow", "-q", *parallel], capture_output=True)
     counts = re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout.strip().splitlines()[-1])
     if done.returncode:
         print(done.stdout[-6000:], done.stderr[-2000:], sep="\n", flush=True)

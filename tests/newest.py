@@ -74,9 +74,10 @@ def main() -> int:
             shutil.rmtree(HOME / "newest", ignore_errors=True)
         python = environment("newest", [line for line in pins() if line.startswith("torch==")])
         found = versions(python)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
         for what, (said, good) in (
             ("its own model tests: Finedeep (Llama)", official_tests(python)),
-            ("tests", fast_tests(python)),
+            ("tests", fast_tests(python, processes=2)),
         ):
             rows.append(f"| {what} | {said} |")
             fine.append(good)
