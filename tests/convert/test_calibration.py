@@ -138,7 +138,9 @@ def test_the_ridge_is_chosen_on_held_out_tokens():
 
 def layer_of(dense, **options):
     """The first layer's cut sub-layers, its dense FFN, and a stream before it."""
-    plan = make_plan(open_checkpoint(dense), Options(**{"num_expert_sublayers": 2, "num_experts_per_sublayer": 4, **options}))
+    plan = make_plan(
+        open_checkpoint(dense), Options(**{"num_expert_sublayers": 2, "num_experts_per_sublayer": 4, **options})
+    )
     stream = Stream(plan, tokens(32, 32), CPU)
     ffn = stream.attend(0)
     from finedeep.convert.calibrate.residual_stream import sublayers_from
