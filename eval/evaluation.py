@@ -30,7 +30,7 @@ from .report.page import write_report
 from .scoring.chat_template import BEGINNING, chat_template_of, check_same_template
 from .scoring.harness import evaluate, save_results
 from .scoring.local_tasks import write_local_tasks
-from .scoring.model_identity import PACKAGES, files_in, files_of
+from .scoring.model_identity import PACKAGES, files_in, files_of, weights_of
 from .scoring.tokenizer_check import beginning_of, check_same_tokenizer, load_tokenizer
 
 PLACES = ("output", "resume", "overwrite")  # the options that say where to write
@@ -252,6 +252,9 @@ def _conclude(
         "n-shot": results["finedeep"]["n-shot"],
         "notes": notes,
         "dtypes": dtypes,
+        "weights": {
+            name: weights_of(path, (options.get("model_args") or {}).get("revision")) for name, path in models.items()
+        },
         "options": masked({key: value for key, value in options.items() if key not in NOT_TOLD}),
         "versions": versions(*PACKAGES),
     }

@@ -121,9 +121,17 @@ def rows_of(costs: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     for label, figure, form in ROWS:
         values = list(map(figure, found))
-        ratio = f"{values[-1] / values[0]:.3f}" if values[0] else ""  # a device that does not count its memory
-        rows.append([label, *map(form, values), ratio])
+        medians = [value[1] if isinstance(value, tuple | list) else value for value in values]
+        rows.append([label, *map(form, medians), _ratio(values[0], values[-1])])
     return rows
+
+
+def _ratio(dense: Any, model: Any) -> str:
+    """The model's figure over the dense one's; of quartiles the medians', with how far apart quartiles put it."""
+    if not isinstance(dense, tuple | list):
+        return f"{model / dense:.3f}" if dense else ""  # a device may not count its memory
+    (low, middle, high), (lowest, median, highest) = dense, model
+    return f"{median / middle:.3f} ({lowest / high:.2f} to {highest / low:.2f})"
 
 
 def table_of(costs: Mapping[str, Any]) -> str:
@@ -139,8 +147,8 @@ def _large(value: float) -> str:
 ROWS = (
     ("parameters", lambda found: found["parameters"], _large),
     ("FLOPs per token of a prompt", lambda found: found["flops_per_token"], _large),
-    ("prompt, tokens per second", lambda found: found["prefill"][1], _large),
-    ("decoding, tokens per second", lambda found: found["decode"][1], _large),
+    ("prompt, tokens per second", lambda found: found["prefill"], _large),
+    ("decoding, tokens per second", lambda found: found["decode"], _large),
     ("peak memory, MB", lambda found: found["peak_memory"] / 1e6, _large),
 )
 

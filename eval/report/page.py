@@ -1,12 +1,16 @@
 """A study as one HTML page that needs nothing else: no network, no script, figures inside."""
 
 import base64
+import datetime
 import json
+import shlex
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finedeep_files.masking import masked
 from finedeep_files.whole_file import write_whole
 from jinja2 import Environment, StrictUndefined
 
@@ -24,7 +28,21 @@ CAPTIONS = {
     "gates": "Mean gate of each expert, from 0 to c. A gate of 1 leaves the expert as it is.",
     "token_gates": "Gates along the text's beginning, in the layer where they move most.",
 }
-MADE = ("options", "n-shot", "versions")  # of the comparison: what one needs to make it again
+MADE = ("models", "weights", "dtypes", "options", "n-shot", "versions")  # of the comparison: to make it again
+# The columns of a narrow screen first: what one looks for, then where it comes from.
+COLUMNS = (
+    "Task",
+    "difference",
+    "verdict",
+    "finedeep",
+    "dense",
+    "95 % interval",
+    "p",
+    "win/tie/loss",
+    "Metric",
+    "Better",
+)
+COMMANDS = ("finedeep", "__main__.py")
 
 
 def write_report(folder: Path, comparison: Mapping[str, Any], rows: Sequence[Row]) -> Path:
@@ -44,17 +62,36 @@ def write_report(folder: Path, comparison: Mapping[str, Any], rows: Sequence[Row
         models=comparison["models"],
         cards=list(cards_of(comparison, rows)),
         verdicts=[(row.verdict, row.place.task, figures_of(row)) for row in rows if row.main],
-        head=HEAD,
-        scores=[(cells_of(row), row.main) for row in rows],
+        head=COLUMNS,
+        scores=[(columns_of(row), row.main) for row in rows],
+        tasks=", ".join(row.place.task for row in rows if row.main),
+        limit=comparison["options"].get("limit"),
+        date=datetime.date.today().isoformat(),
+        command=command(),
         notes=comparison["notes"],
         sparsity=[(cells, False) for cells in inspection.rows_of(found)] if found else [],
-        cost=[(cells, False) for cells in cost.rows_of(costs)] if costs else [],
+        cost=[([label, ratio, *each], False) for label, *each, ratio in cost.rows_of(costs)] if costs else [],
+        weights=comparison["weights"],
+        dtypes=comparison["dtypes"],
         costs=costs,
         captions=CAPTIONS,
         figures={name: base64.b64encode((folder / f"{name}.svg").read_bytes()).decode() for name in drawn},
         made=json.dumps({key: comparison[key] for key in MADE}, indent=1),
     )
     return write_whole(folder / PAGE, page)
+
+
+def columns_of(row: Row) -> list[str]:
+    """A row's cells in the order of `COLUMNS`."""
+    cells = dict(zip(HEAD, cells_of(row), strict=True)) | {"verdict": (row.verdict or "") if row.main else ""}
+    return [cells[name] for name in COLUMNS]
+
+
+def command() -> str | None:
+    """What was typed, with secrets masked; None where no command runs."""
+    if Path(sys.argv[0]).name not in COMMANDS:
+        return None
+    return masked(shlex.join(["finedeep", *sys.argv[1:]]))
 
 
 def cards_of(comparison: Mapping[str, Any], rows: Sequence[Row]) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from finedeep_files.hashing import sha256
 from finedeep_files.masking import masked
 from finedeep_files.versions import versions
 from transformers.utils import cached_file
@@ -34,6 +35,15 @@ def files_of(model: str | Path, file: str = "config.json", revision: str | None 
     if Path(model).is_dir():
         return files_in(Path(model), DECISIVE)
     return Path(cached_file(str(model), file, revision=revision or "main")).parent.name
+
+
+def weights_of(model: str | Path, revision: str | None = None) -> str:
+    """What a report calls a model's weights: the commit of a Hub id, or a hash of a folder's safetensors files."""
+    if not Path(model).is_dir():
+        return f"revision {files_of(model, revision=revision)}"
+    hashes = [sha256(path) for path in sorted(Path(model).glob("*.safetensors"))]
+    whole = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return f"sha256 {whole[:16]}"
 
 
 def files_in(folder: Path, patterns: Iterable[str]) -> list[tuple[str, int, int]]:

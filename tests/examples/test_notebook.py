@@ -1,0 +1,25 @@
+"""The notebook runs from its first cell to its last, as a script."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+NOTEBOOK = Path(__file__).parents[2] / "examples" / "finedeep_in_five_minutes.ipynb"
+
+
+def test_every_cell_runs(tmp_path):
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert len(code) == 6
+    assert not any(cell.get("outputs") for cell in cells)  # what a run leaves is not kept
+    script = tmp_path / "notebook.py"
+    script.write_text("\n\n".join(code), encoding="utf-8")
+    small = {"STEPS": "3", "TOKENS": "1024", "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, script], env={**os.environ, **small}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    loss = {line[:16].strip(): line.split()[-1] for line in done.stdout.splitlines() if "NSAR" in line}
+    assert set(loss) == {"dense", "M=1", "M=2 cut", "M=2 calibrated"}
+    losses = [line.split("loss ")[1].split()[0] for line in done.stdout.splitlines() if "NSAR" in line]
+    assert losses[0] == losses[1] != losses[2]
