@@ -344,3 +344,45 @@ def test_a_model_of_nan_is_refused(tmp_path, text):
     byte_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(EvaluationError, match="loss of nan"):
         inspect(tmp_path, text, progress=False)
+
+
+def places(mean, c=2.0):
+    return [{"layer": 0, "sublayer": m, "nsar": {"0.1": 0.5}, "gates": {"mean": mean, "c": c}} for m in range(2)]
+
+
+def test_gates_are_drawn_around_one_and_not_where_they_are_constant():
+    """With colours as far to both sides as the gates go, whatever c is."""
+    from finedeep.eval.inspect import plots
+
+    found = {"layers": [{"layer": 0}], "places": places([1.0, 1.0])}
+    assert plots.gates(found) is None
+    found["places"] = places([0.9, 1.02])
+    (image,) = plots.gates(found).axes[0].get_images()
+    assert image.get_clim() == pytest.approx((0.9, 1.1))
+    tokens = np.ones((3, 1, 2, 2))
+    assert plots.token_gates({**found, "token_gates": tokens, "tokens": list("abc")}) is None
+    tokens[1, 0, 1, 1] = 1.5
+    (image,) = plots.token_gates({**found, "token_gates": tokens, "tokens": list("abc")}).axes[0].get_images()
+    assert image.get_clim() == pytest.approx((0.5, 1.5))
+
+
+def test_differences_have_perplexities_beside_shares():
+    from types import SimpleNamespace as Some
+
+    from finedeep.eval.inspect import plots
+
+    def row(task, metric, mean, difference, baseline):
+        interval = Some(difference=difference, low=difference - 0.1, high=difference + 0.1)
+        place, score = Some(task=task, metric=metric), Some(value=baseline)
+        return Some(main=True, is_mean=mean, difference=interval, place=place, baseline=score)
+
+    shares = row("a", "acc", True, 0.02, 0.5)
+    figure = plots.differences([shares, row("w", "word_perplexity", False, 0.5, 20.0)])
+    assert [len(axes.get_yticks()) for axes in figure.axes] == [1, 1]
+    assert [axes.get_xlabel().split(",")[0] for axes in figure.axes] == [
+        "Finedeep - dense",
+        "(Finedeep - dense) in % of dense",
+    ]
+    dots = [line.get_xdata() for line in figure.axes[1].lines if line.get_marker() == "o"]
+    assert dots == [[pytest.approx(2.5)]]
+    assert len(plots.differences([shares]).axes) == 1
