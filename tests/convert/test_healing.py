@@ -354,10 +354,10 @@ ZERO3 = (
     "--mixed_precision=no",
     str(TESTS / "processes/healed_zero3.py"),
 )
-LAUNCHERS = [TORCHRUN, pytest.param(FSDP2, marks=pytest.mark.slow), pytest.param(ZERO3, marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS, ids=["ddp", "fsdp2", "zero3"])
+@pytest.mark.slow  # two processes that import everything and train; tests/test_processes.py has faster ones of the model
+@pytest.mark.parametrize("launcher", [TORCHRUN, FSDP2, ZERO3], ids=["ddp", "fsdp2", "zero3"])
 def test_two_processes(tmp_path, dense, cut, launcher):
     """By the launcher: each process samples its share and sees its half of every batch, and one folder is written."""
     if launcher is ZERO3:
