@@ -156,7 +156,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"  {done.finedeep_parameters:,} parameters (dense: {done.dense_parameters:,}, {growth:+.2%})")
     if done.calibration:
         cut, calibrated = (max(getattr(layer, rung) for layer in done.calibration) for rung in ("cut", "calibrated"))
-        print(f"  layers' relative errors on held-out text: up to {cut:.2f} as cut, {calibrated:.2f} calibrated")
+        print(f"  errors relative to the stream, on held-out text: up to {cut:.2f} as cut, {calibrated:.2f} calibrated")
     else:
         worst = max(done.relative_ffn_difference)
         print(f"  FFN outputs differ by up to {worst:.1e} of the dense ones on a probe batch")

@@ -15,7 +15,7 @@ from ...configuration_finedeep import FinedeepConfig
 from .residual_stream import CHUNK, through
 
 BATCH = 4096  # tokens of a step
-RATE = 0.02  # the largest step of a weight, as a share of the root mean square of its tensor
+RATE, WIDTH = 0.02, 64  # the largest step of a weight, as a share of its tensor's root mean square, up to this width
 EVALUATIONS, PATIENCE = 10, 4  # on held-out tokens; so many without a new best are the end
 LOGITS = 2**24  # values of logits in memory at a time
 
@@ -28,9 +28,30 @@ class Objective:
     rows: int
 
 
-def stream_error(scale: float) -> Objective:
-    """Mean squared error of the stream, in units of `scale`."""
-    return Objective(lambda h, wanted: (h - wanted).pow(2).mean() / scale, CHUNK)
+def stream_error() -> Objective:
+    """Mean over tokens of |h - h*|^2 / |h*|^2, h* the stream that is wanted.
+
+    Token by token: many models have one token, the first, whose stream is a hundred times as long as any other's
+    (massive activations, arXiv:2402.17762), and a plain square would see nothing else.
+    """
+    return Objective(lambda h, wanted: squared_errors(h, wanted).mean(), CHUNK)
+
+
+def squared_errors(h: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """|h - h*|^2 / |h*|^2 of each token, (tokens,). Args: h and wanted (tokens, hidden)."""
+    length = wanted.pow(2).sum(-1)
+    return (h - wanted).pow(2).sum(-1) / length.clamp(min=torch.finfo(length.dtype).tiny)
+
+
+@torch.no_grad()
+def median_error(sublayers: nn.ModuleList, u: torch.Tensor, wanted: torch.Tensor, r: float) -> float:
+    """The median over tokens of |h - h*| / |h*|. Args: as `error_of`."""
+    device = sublayers[0].norm.weight.device
+    found = [
+        squared_errors(through(sublayers, x.to(device), r), y.to(device)).cpu()
+        for x, y in zip(u.split(CHUNK), wanted.split(CHUNK), strict=True)
+    ]
+    return torch.cat(found).median().sqrt().item()
 
 
 def logit_divergence(norm: torch.Tensor, head: torch.Tensor, config: FinedeepConfig) -> Objective:
@@ -127,10 +148,11 @@ def _groups(sublayers: nn.ModuleList, change: torch.Tensor) -> list[dict[str, An
     """The parameters, each with a learning rate that does not depend on the model's scales.
 
     AdamW moves every weight by up to the rate. A router starts at zero and has no scale of its own: it is to change a
-    score <w, E> by a like share, with E as large as `change`, the sum of experts that is wanted, or <w, n>, with n as
-    large as the norm's weight.
+    score <w, E> by a like share, with E as large as the median token's `change`, the sum of experts that is wanted, or
+    <w, n>, with n as large as the norm's weight.
     """
-    E, n = (x.detach().float().pow(2).mean().sqrt().item() for x in (change, sublayers[0].norm.weight))
+    E = change.float().pow(2).mean(-1).median().sqrt().item()
+    n = sublayers[0].norm.weight.detach().float().pow(2).mean().sqrt().item()
     scored = n if sublayers[0].routing_input == "hidden_state" else E
     rates = {"router": RATE / (scored * change.shape[1] ** 0.5), "expert_bias": RATE * E}
     groups = []

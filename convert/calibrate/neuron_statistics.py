@@ -65,14 +65,20 @@ def activity_on(ffn: FinedeepSublayer, u: torch.Tensor) -> torch.Tensor:
     return (total / min(len(u), MAX_TOKENS)).cpu()
 
 
-def nonlinearity_on(ffn: FinedeepSublayer, u: torch.Tensor) -> torch.Tensor:
-    """How much of what each neuron puts out no linear map of its input can, (width,), on a stream u (tokens, hidden).
+def nonlinearity_on(ffn: FinedeepSublayer, u: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """How much of what each neuron puts out no linear map of its input can, (width,).
 
-    ||W_down[:, i]||^2 * sum over tokens of (a_i - <b_i, n>)^2, with b_i fitted by least squares.
+    ||W_down[:, i]||^2 * sum over tokens of w^2 (a_i - <b_i, n>)^2, with b_i fitted by least squares.
+
+    Args:
+        ffn: the dense FFN.
+        u: (tokens, hidden), the stream before it.
+        weight: (tokens, 1), each token's w.
     """
     squares = LeastSquares()
-    for part in _parts(ffn, u):
-        squares.add(*activations(ffn, part))
+    for part, w in zip(_parts(ffn, u), _parts(ffn, weight), strict=True):
+        n, a = activations(ffn, part)
+        squares.add(w * n, w * a)
     return (squares.residuals(1e-6).float() * ffn.down_proj.weight.pow(2).sum(0)).cpu()
 
 

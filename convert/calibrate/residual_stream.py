@@ -96,3 +96,9 @@ def over_chunks(function: Callable[[torch.Tensor], torch.Tensor], h: torch.Tenso
     """Put function(h) in h's place, some rows of h (batch, seq, hidden) at a time."""
     for part in h.split(max(1, CHUNK // h.shape[1])):
         part.copy_(function(part.to(device)))
+
+
+def token_weights(wanted: torch.Tensor) -> torch.Tensor:
+    """1 / |h*| of each token, (tokens, 1), in units of their median. Args: wanted (tokens, hidden), h*."""
+    length = torch.linalg.vector_norm(wanted, dim=-1, keepdim=True)
+    return length.median() / length.clamp(min=torch.finfo(length.dtype).tiny)

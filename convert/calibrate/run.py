@@ -28,9 +28,9 @@ from ..cut import cast, layer_tensors, padding_rows
 from ..plan import Plan
 from ..source import load_dense
 from .closed_form import correct
-from .gradient import BATCH, Objective, error_of, fit, logit_divergence, stream_error
+from .gradient import BATCH, Objective, error_of, fit, logit_divergence, median_error, stream_error
 from .neuron_statistics import activity_on, nonlinearity_on
-from .residual_stream import Stream, over_chunks, sublayers_from, through
+from .residual_stream import Stream, over_chunks, sublayers_from, through, token_weights
 from .text import SELF, held_out, sampled_windows, text_windows
 
 WINDOWS = "calibration-windows.safetensors"
@@ -43,8 +43,8 @@ TOKENS_PER_CHANNEL = 4  # at least: least squares would learn fewer by heart
 class LayerErrors:
     """How far a converted layer is from the dense one, on held-out tokens, at each rung of the ladder.
 
-    ||h - h*|| / ||h* - u*||, with h the stream after the layer, u the stream before its FFN and * for the dense model.
-    What earlier layers have got wrong is in it.
+    The median over tokens of |h - h*| / |h*|, with h the stream after the layer and * for the dense model. What earlier
+    layers have got wrong is in it.
     """
 
     cut: float
@@ -166,7 +166,9 @@ class Calibration:
         stream.check(f"after layer {i}")
         if not path.exists():
             u, dense_u, wanted = (h.flatten(0, 1) for h in (stream.finedeep, before, stream.dense))
-            layer = plan.layer(i, partial(activity_on, ffn, dense_u), partial(nonlinearity_on, ffn, dense_u))
+            layer = plan.layer(
+                i, partial(activity_on, ffn, dense_u), partial(nonlinearity_on, ffn, dense_u, token_weights(wanted))
+            )
             neurons = assign(plan.options.assignment, layer)
             tensors = {name: t for name, t in layer_tensors(plan, i, neurons).items() if ".sublayers." in name}
             padding = {name: tensors[name][rows] for name, rows in padding_rows(tensors, neurons).items()}
@@ -186,7 +188,7 @@ class Calibration:
                 self.first = i if self.first is None else self.first
                 done, rest = i + 1 - self.first, plan.config.num_hidden_layers - i - 1
                 left = in_words((time.perf_counter() - self.begin) / done * rest)
-                say(f"layer {i}: relative error {rungs}; {left} left")
+                say(f"layer {i}: error relative to the stream, median token: {rungs}; {left} left")
         sublayers = sublayers_from(plan.config, self.tensors(i), i, self.device)  # rounded as they will be written
         over_chunks(partial(through, sublayers, r=self.r), stream.finedeep, self.device)
 
@@ -201,24 +203,23 @@ class Calibration:
         bar: tqdm,
     ) -> tuple[nn.ModuleList, LayerErrors]:
         """The best rung, and the error of each. Args: u, dense_u and wanted (tokens, hidden), the streams."""
-        scale = (wanted - dense_u)[:held].pow(2).mean().item()
-        if scale == 0:  # an FFN that does nothing
-            return cut, LayerErrors(0.0, 0.0, 0.0)
-        relative = stream_error(scale)
-        objective = self._divergence if i == self.plan.config.num_hidden_layers - 1 else relative
+        if torch.equal(wanted[:held], dense_u[:held]):  # an FFN that does nothing
+            return cut, LayerErrors(*[median_error(cut, u[:held], wanted[:held], self.r)] * 3)
+        objective = self._divergence if i == self.plan.config.num_hidden_layers - 1 else stream_error()
 
-        def error(sublayers: nn.ModuleList, objective: Objective = objective) -> float:
+        def error(sublayers: nn.ModuleList) -> float:
             return error_of(sublayers, u[:held], wanted[:held], self.r, objective)
 
         corrected = copy.deepcopy(cut)
-        correct(corrected, u, dense_u, self.r, held)
+        correct(corrected, u, dense_u, wanted, self.r, held)
         calibrated = copy.deepcopy(min((cut, corrected), key=error))
         if steps := self.plan.options.calibration_steps:
             generator = torch.Generator().manual_seed(self.plan.options.seed)
             for lowest in fit(calibrated, u, wanted, self.r, objective, held=held, steps=steps, generator=generator):
                 bar.update()
                 bar.set_postfix_str(f"layer {i}, held out {lowest:.4f}", refresh=False)
-        return calibrated, LayerErrors(*(error(rung, relative) ** 0.5 for rung in (cut, corrected, calibrated)))
+        rungs = (cut, corrected, calibrated)
+        return calibrated, LayerErrors(*(median_error(rung, u[:held], wanted[:held], self.r) for rung in rungs))
 
     @cached_property
     def _divergence(self) -> Objective:
