@@ -79,16 +79,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(
         "--calibration-tokens",
         type=positive_int,
-        default=262_144,
         metavar="N",
-        help="of the text; a sixteenth is held out (default: %(default)s)",
+        help="of the text; a sixteenth is held out (default: by the model's size, at least 65,536)",
     )
     option(
         "--calibration-steps",
         type=non_negative_int,
-        default=400,
         metavar="N",
-        help="of 4,096 tokens, for each layer; 0: closed-form corrections only (default: %(default)s)",
+        help="of 4,096 tokens, for each layer; 0: closed-form corrections only (default: 100)",
     )
     option(
         "--seed", type=int, default=0, help="for random, clusters, new weights, calibration and the probe (default: 0)"

@@ -29,6 +29,9 @@ MODES = {
 }
 MEASURED = ("activity", "nonlinearity")  # assignments that need a text
 MUCH_PADDING = 0.1  # of the FFN's width
+# Calibration's size where none is given. From fewer tokens least squares learns by heart, sub-layers being that wide;
+# more steps brought nothing beyond the spread over seeds (convert/README.md).
+LEAST_TOKENS, TOKENS_PER_NEURON, STEPS = 65_536, 64, 100
 CAST = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Fields of a dense config that belong to the folder it came from or to its classes, not to the model.
 NOT_INHERITED = {
@@ -62,8 +65,8 @@ class Options:
     assignment: str | None = None
     text: str | None = None
     calibrate: str | None = None
-    calibration_tokens: int = 262_144
-    calibration_steps: int = 400
+    calibration_tokens: int | None = None  # None: as many as the model's size asks for
+    calibration_steps: int | None = None
     seed: int = 0
     dtype: str = "keep"
     max_shard_size: str = "5GB"
@@ -95,9 +98,11 @@ class Options:
             raise ConversionError("assignment 'activity' measures on a text; name one (--assignment-text, or text=).")
         if self.assignment == "nonlinearity" and not self.calibrates:
             raise ConversionError("assignment 'nonlinearity' is measured in calibration; add --calibrate (calibrate=).")
-        least = {"num_expert_sublayers": 1, "num_experts_per_sublayer": 1, "calibration_tokens": 1}
-        for field, value in {**least, "calibration_steps": 0}.items():
-            check_whole_number(field, getattr(self, field), value)
+        least = {"num_expert_sublayers": 1, "num_experts_per_sublayer": 1}
+        chosen = {"calibration_tokens": 1, "calibration_steps": 0}
+        for field, value in {**least, **chosen}.items():
+            if field in least or getattr(self, field) is not None:
+                check_whole_number(field, getattr(self, field), value)
         check_seed(self.seed)
         parse_size(self.max_shard_size)
 
@@ -243,6 +248,7 @@ def make_plan(dense: DenseCheckpoint, options: Options) -> Plan:
     options.check()
     family_name, dense_config, shapes = _read_config(dense)
     family = FAMILIES[family_name]
+    options = with_calibration_size(options, dense_config)
     check_tensors(dense, dense_config, shapes)
     try:
         config = finedeep_config(dense_config, family, options)
@@ -273,6 +279,19 @@ def finedeep_config(dense: PretrainedConfig, family: Family, options: Options) -
         num_experts_per_sublayer=options.num_experts_per_sublayer,
         routing_input=options.routing_input,
         routing_function=options.routing_function,
+    )
+
+
+def with_calibration_size(options: Options, dense: PretrainedConfig) -> Options:
+    """The options, with tokens and steps of a calibration by the model's size where none are given."""
+    if not options.calibrates:
+        return options
+    channels = max(dense.hidden_size, dense.intermediate_size // options.num_expert_sublayers)
+    tokens, steps = options.calibration_tokens, options.calibration_steps
+    return dataclasses.replace(
+        options,
+        calibration_tokens=max(LEAST_TOKENS, TOKENS_PER_NEURON * channels) if tokens is None else tokens,
+        calibration_steps=STEPS if steps is None else steps,
     )
 
 

@@ -28,19 +28,23 @@ class Objective:
     rows: int
 
 
-def stream_error() -> Objective:
-    """Mean over tokens of |h - h*|^2 / |h*|^2, h* the stream that is wanted.
+def stream_error(usual: float) -> Objective:
+    """Mean over tokens of |h - h*|^2 / max(|h*|, usual)^2, h* the stream that is wanted.
 
-    Token by token: many models have one token, the first, whose stream is a hundred times as long as any other's
-    (massive activations, arXiv:2402.17762), and a plain square would see nothing else.
+    Many models have one token, the first, whose stream is a hundred times as long as any other's (massive activations,
+    arXiv:2402.17762); a plain square would see nothing else.
+
+    Args:
+        usual: the median token's |h*|. Shorter tokens weigh as much as that one; by their own length they would weigh
+            more than the loss depends on them.
     """
-    return Objective(lambda h, wanted: squared_errors(h, wanted).mean(), CHUNK)
+    return Objective(lambda h, wanted: squared_errors(h, wanted, usual).mean(), CHUNK)
 
 
-def squared_errors(h: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """|h - h*|^2 / |h*|^2 of each token, (tokens,). Args: h and wanted (tokens, hidden)."""
+def squared_errors(h: torch.Tensor, wanted: torch.Tensor, least: float = 0.0) -> torch.Tensor:
+    """|h - h*|^2 / max(|h*|, least)^2 of each token, (tokens,). Args: h and wanted (tokens, hidden)."""
     length = wanted.pow(2).sum(-1)
-    return (h - wanted).pow(2).sum(-1) / length.clamp(min=torch.finfo(length.dtype).tiny)
+    return (h - wanted).pow(2).sum(-1) / length.clamp(min=max(least**2, torch.finfo(length.dtype).tiny))
 
 
 @torch.no_grad()

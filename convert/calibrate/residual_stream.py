@@ -98,7 +98,12 @@ def over_chunks(function: Callable[[torch.Tensor], torch.Tensor], h: torch.Tenso
         part.copy_(function(part.to(device)))
 
 
+def usual_length(wanted: torch.Tensor) -> float:
+    """The median token's |h*|. Args: wanted (tokens, hidden), h*."""
+    return torch.linalg.vector_norm(wanted, dim=-1).median().item()
+
+
 def token_weights(wanted: torch.Tensor) -> torch.Tensor:
-    """1 / |h*| of each token, (tokens, 1), in units of their median. Args: wanted (tokens, hidden), h*."""
-    length = torch.linalg.vector_norm(wanted, dim=-1, keepdim=True)
-    return length.median() / length.clamp(min=torch.finfo(length.dtype).tiny)
+    """L / max(|h*|, L) of each token, (tokens, 1), with L the usual |h*|. Args: wanted (tokens, hidden), h*."""
+    usual = usual_length(wanted)
+    return usual / torch.linalg.vector_norm(wanted, dim=-1, keepdim=True).clamp(min=usual)

@@ -30,7 +30,7 @@ from ..source import load_dense
 from .closed_form import correct
 from .gradient import BATCH, Objective, error_of, fit, logit_divergence, median_error, stream_error
 from .neuron_statistics import activity_on, nonlinearity_on
-from .residual_stream import Stream, over_chunks, sublayers_from, through, token_weights
+from .residual_stream import Stream, over_chunks, sublayers_from, through, token_weights, usual_length
 from .text import SELF, held_out, sampled_windows, text_windows
 
 WINDOWS = "calibration-windows.safetensors"
@@ -84,15 +84,23 @@ class Calibration:
 
     def _announce(self) -> None:
         """Say what there is to do, and how long that may take."""
-        o, layers = self.plan.options, self.plan.config.num_hidden_layers
-        ffn = 3 * self.plan.config.hidden_size * self.plan.config.intermediate_size
-        fitted = 6 * layers * ffn * o.calibration_steps * BATCH
-        passes = 2 * self.plan.dense_parameters * o.calibration_tokens * (3 if o.calibrate == SELF else 2)
+        o = self.plan.options
         text = "sampled from the dense model" if o.calibrate == SELF else f"of {Path(o.calibrate).name}"
         say(
-            f"Calibrating on {o.calibration_tokens:,} tokens {text}: {layers} layers, {o.calibration_steps} steps "
-            f"each; at least {in_words(seconds_for(fitted + passes, self.device))}"
+            f"Calibrating on {o.calibration_tokens:,} tokens {text}: {self.plan.config.num_hidden_layers} layers, "
+            f"{o.calibration_steps} steps each; at least {in_words(seconds_for(self._flops(), self.device))}"
         )
+
+    def _flops(self) -> float:
+        """Floating-point operations of the whole, those in float64 counted twice."""
+        o, c = self.plan.options, self.plan.config
+        d, width, layers, tokens = c.hidden_size, c.intermediate_size, c.num_hidden_layers, o.calibration_tokens
+        passes = 2 * self.plan.dense_parameters * tokens * (3 if o.calibrate == SELF else 2)
+        sublayer = width / c.num_expert_sublayers
+        squares = d * d + d * width + c.num_expert_sublayers * (2 * d * d + sublayer * (sublayer + d))
+        learnt = o.calibration_steps * BATCH
+        fitted = 18 * d * width * layers + 6 * d * c.vocab_size  # of the last layer's, the head is a part
+        return passes + 4 * layers * tokens * squares + learnt * fitted
 
     def tensors(self, i: int) -> dict[str, torch.Tensor]:
         """A calibrated layer's sub-layers, by their names in the checkpoint."""
@@ -205,7 +213,9 @@ class Calibration:
         """The best rung, and the error of each. Args: u, dense_u and wanted (tokens, hidden), the streams."""
         if torch.equal(wanted[:held], dense_u[:held]):  # an FFN that does nothing
             return cut, LayerErrors(*[median_error(cut, u[:held], wanted[:held], self.r)] * 3)
-        objective = self._divergence if i == self.plan.config.num_hidden_layers - 1 else stream_error()
+        objective = (
+            self._divergence if i == self.plan.config.num_hidden_layers - 1 else stream_error(usual_length(wanted))
+        )
 
         def error(sublayers: nn.ModuleList) -> float:
             return error_of(sublayers, u[:held], wanted[:held], self.r, objective)

@@ -14,7 +14,7 @@ from finedeep.convert.calibrate.closed_form import correct
 from finedeep.convert.calibrate.gradient import error_of, fit, logit_divergence, median_error, stream_error
 from finedeep.convert.calibrate.least_squares import RIDGES, LeastSquares
 from finedeep.convert.calibrate.neuron_statistics import activity_on, nonlinearity_on
-from finedeep.convert.calibrate.residual_stream import Stream, over_chunks, through
+from finedeep.convert.calibrate.residual_stream import Stream, over_chunks, through, usual_length
 from finedeep.convert.calibrate.run import LAYER, Calibration
 from finedeep.convert.calibrate.text import sampled_batches, sampled_windows, text_windows
 from finedeep.convert.plan import Options, make_plan
@@ -158,7 +158,8 @@ def test_the_closed_form_is_that_of_the_equations(gentle, monkeypatch):
         {name: tensor.numpy().astype(float) for name, tensor in sublayer.state_dict().items()} for sublayer in sublayers
     ]
     correct(sublayers, u, dense_u, wanted, r, held)
-    weight = 1 / np.linalg.norm(wanted.numpy().astype(float), axis=1, keepdims=True)
+    length = np.linalg.norm(wanted.numpy().astype(float), axis=1, keepdims=True)
+    weight = 1 / np.maximum(length, np.sort(length, axis=0)[(len(length) - 1) // 2])
 
     def norm(h):
         return (
@@ -208,8 +209,9 @@ def test_one_token_with_a_long_stream_does_not_decide(gentle):
         u, dense_u = long * (dense_u + noise), long * dense_u
         wanted = through([ffn], dense_u, 1.0)
         correct(sublayers, u, dense_u, wanted, 1.0, 128)
+        objective = stream_error(usual_length(wanted))
         steps = fit(
-            sublayers, u, wanted, 1.0, stream_error(), held=128, steps=20, generator=torch.Generator().manual_seed(0)
+            sublayers, u, wanted, 1.0, objective, held=128, steps=20, generator=torch.Generator().manual_seed(0)
         )
         list(steps)
         found.append(median_error(sublayers, u, wanted, 1.0))
@@ -253,16 +255,26 @@ def test_the_fit_never_ends_worse_than_it_began(gentle):
     """On held-out tokens; and where no step helps, the weights are those that it was given."""
     sublayers, ffn, u = layer_of(gentle)
     wanted = through([ffn], u, 1.0)
-    before = error_of(sublayers, u[:256], wanted[:256], 1.0, stream_error())
+    objective = stream_error(10.0)
+    before = error_of(sublayers, u[:256], wanted[:256], 1.0, objective)
     lowest = list(
-        fit(sublayers, u, wanted, 1.0, stream_error(), held=256, steps=60, generator=torch.Generator().manual_seed(0))
+        fit(
+            sublayers,
+            u,
+            wanted,
+            1.0,
+            stream_error(10.0),
+            held=256,
+            steps=60,
+            generator=torch.Generator().manual_seed(0),
+        )
     )
     assert lowest == sorted(lowest, reverse=True)
-    assert error_of(sublayers, u[:256], wanted[:256], 1.0, stream_error()) == pytest.approx(lowest[-1])
+    assert error_of(sublayers, u[:256], wanted[:256], 1.0, stream_error(10.0)) == pytest.approx(lowest[-1])
     assert lowest[-1] < 0.5 * before
     right = torch.nn.ModuleList([ffn])
     given = copy.deepcopy(right.state_dict())
-    list(fit(right, u, wanted, 1.0, stream_error(), held=256, steps=20, generator=torch.Generator().manual_seed(0)))
+    list(fit(right, u, wanted, 1.0, stream_error(10.0), held=256, steps=20, generator=torch.Generator().manual_seed(0)))
     assert all(torch.equal(tensor, given[name]) for name, tensor in right.state_dict().items())
 
 
@@ -270,7 +282,7 @@ def test_the_fit_never_ends_worse_than_it_began(gentle):
 def test_any_number_of_steps(gentle, steps):
     sublayers, ffn, u = layer_of(gentle)
     how = {"held": 256, "steps": steps, "generator": torch.Generator().manual_seed(0)}
-    assert len(list(fit(sublayers, u, through([ffn], u, 1.0), 1.0, stream_error(), **how))) == steps
+    assert len(list(fit(sublayers, u, through([ffn], u, 1.0), 1.0, stream_error(10.0), **how))) == steps
 
 
 # --- the conversion --------------------------------------------------------------------------------------------------
