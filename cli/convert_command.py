@@ -13,6 +13,7 @@ examples:
   finedeep convert ./llama ./llama-two --sublayers 2 --calibrate self     no text at hand
   finedeep convert ./llama ./llama-two --calibrate text.txt --resume      hours of work, gone on with when stopped
   finedeep convert ORG/NAME ./finedeep --sublayers 2 --experts 8          from the Hub
+  accelerate launch -m finedeep_cli convert ./llama ./llama-two --calibrate self      several processes share the work
   finedeep convert ORG/NAME ./finedeep --dry-run                          show the plan, write nothing
 """
 
@@ -144,7 +145,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(plan_conversion(source, **given).text())
         return
     done = convert_checkpoint(source, destination, **where, progress=not quiet, **given)
-    if quiet:
+    if quiet or done is None:  # another process says it
         return
     M, K = done.num_expert_sublayers, done.num_experts_per_sublayer
     padding = f", {done.padded_neurons} of its neurons zero padding" if done.padded_neurons else ""

@@ -50,7 +50,7 @@ def correct(
             n = sublayer.norm(h[rows].to(device))
             w = weight[rows].to(device)
             solver.add(w * n, w * (sublayer.norm(dense_u[rows].to(device)) - n))
-        towards = fit.best_on(held_out).float()
+        towards = fit.summed().best_on(held_out.summed()).float()
         for projection in (sublayer.gate_proj, sublayer.up_proj):
             projection.weight += projection.weight @ towards
 
@@ -61,7 +61,7 @@ def correct(
             _, a = activations(sublayer, x)
             w = weight[rows].to(device)
             solver.add(w * a, w * ((ideal[rows].to(device) - x) / r - sublayer(x)[0]))
-        sublayer.down_proj.weight += fit.best_on(held_out).float()
+        sublayer.down_proj.weight += fit.summed().best_on(held_out.summed()).float()
         for rows, _ in _rows(len(u), held, fit, held_out):
             x = h[rows].to(device)
             h[rows] = torch.add(x, sublayer(x)[0], alpha=r).cpu()
@@ -70,5 +70,5 @@ def correct(
 def _rows(tokens: int, held: int, fit: LeastSquares, held_out: LeastSquares) -> Iterator[tuple[slice, LeastSquares]]:
     """The tokens in pieces, each with the sums that it belongs to."""
     for begin, end, solver in ((0, held, held_out), (held, tokens, fit)):
-        for first in range(begin, end, CHUNK):
+        for first in range(begin, max(end, begin + 1), CHUNK):  # once at least: another process may have some
             yield slice(first, min(first + CHUNK, end)), solver

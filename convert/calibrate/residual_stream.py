@@ -16,6 +16,7 @@ from ...configuration_finedeep import PER_LAYER, FinedeepConfig
 from ...modeling_finedeep import FinedeepModel, FinedeepSublayer, LlamaRotaryEmbedding
 from ..cut import layer_tensors
 from ..plan import Plan, make_plan
+from .sharing import everywhere, median
 
 CHUNK = 8192  # tokens that are worked on at a time
 
@@ -48,7 +49,8 @@ class Stream:
 
     def check(self, where: str) -> None:
         """Raise `ConversionError` where the dense model's activations are NaN or infinite."""
-        if not torch.isfinite(torch.stack(self.dense.aminmax())).all():
+        finite = not self.dense.numel() or bool(torch.isfinite(torch.stack(self.dense.aminmax())).all())
+        if not everywhere(finite, self.device):
             raise ConversionError(
                 f"{where} the dense model's activations are NaN or infinite; finite ones are wanted. The checkpoint is "
                 "damaged, or config.json is not its own."
@@ -100,7 +102,7 @@ def over_chunks(function: Callable[[torch.Tensor], torch.Tensor], h: torch.Tenso
 
 def usual_length(wanted: torch.Tensor) -> float:
     """The median token's |h*|. Args: wanted (tokens, hidden), h*."""
-    return torch.linalg.vector_norm(wanted, dim=-1).median().item()
+    return median(torch.linalg.vector_norm(wanted, dim=-1))
 
 
 def token_weights(wanted: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from finedeep_files.errors import ConversionError
 from finedeep_files.hashing import sha256
+from finedeep_files.processes import are_several, is_first_process, local_process_number, share
 from finedeep_files.progress import in_words, say, seconds_for
 from finedeep_files.shards import save_whole
 from safetensors import safe_open
@@ -29,9 +30,10 @@ from ..plan import Plan
 from ..source import load_dense
 from .closed_form import correct
 from .gradient import BATCH, Objective, error_of, fit, logit_divergence, median_error, stream_error
-from .neuron_statistics import activity_on, nonlinearity_on
+from .neuron_statistics import MAX_TOKENS, activity_on, nonlinearity_on
 from .residual_stream import Stream, over_chunks, sublayers_from, through, token_weights, usual_length
-from .text import SELF, held_out, sampled_windows, text_windows
+from .sharing import Share, everywhere
+from .text import SELF, held_out, sampled_by_all, text_windows
 
 WINDOWS = "calibration-windows.safetensors"
 LAYER = "calibrated-{}.safetensors"
@@ -66,7 +68,9 @@ class Calibration:
         Raises:
             ConversionError: the text is too short, or the model's activations are not finite.
         """
-        finished = all((self.folder / LAYER.format(i)).exists() for i in range(self.plan.config.num_hidden_layers))
+        finished = share(
+            all((self.folder / LAYER.format(i)).exists() for i in range(self.plan.config.num_hidden_layers))
+        )
         if self.progress and not finished:
             self._announce()
         windows = self._windows()
@@ -74,12 +78,13 @@ class Calibration:
         if finished:
             return
         layers, steps = self.plan.config.num_hidden_layers, self.plan.options.calibration_steps
-        stream = Stream(self.plan, windows, self.device)
+        self.share = Share(windows, held)
+        stream = Stream(self.plan, self.share.windows, self.device)
         self.begin, self.first = time.perf_counter(), None
         bar = tqdm(total=layers * steps, desc="Calibrating", unit="step", disable=None if self.progress else True)
         with bar:
             for i in range(layers):
-                self._layer(stream, i, held * windows.shape[1], bar)
+                self._layer(stream, i, bar)
                 bar.update((i + 1) * steps - bar.n)
 
     def _announce(self) -> None:
@@ -141,19 +146,21 @@ class Calibration:
     def _windows(self) -> torch.Tensor:
         """(windows, seq) token ids; the first are held out."""
         path, o = self.folder / WINDOWS, self.plan.options
-        if not path.exists():
+        if share(not path.exists()):
             if o.calibrate == SELF:
                 model = load_dense(self.plan.dense.folder, self.plan.dense_config).to(self.device)
                 if self.device.type == "cpu":
                     model.float()  # half precision is slow there
-                found = sampled_windows(model, o.calibration_tokens, o.seed, self.progress)
+                found = sampled_by_all(model, o.calibration_tokens, o.seed, self.progress)
             else:
                 found = text_windows(self.plan.dense.folder, Path(o.calibrate), self.plan.config, o.calibration_tokens)
                 found = found[torch.randperm(len(found), generator=torch.Generator().manual_seed(o.seed))]
             self._check_enough(found)
             # Of the text as it was read: it may be another by the time that this is done.
             text = {} if o.calibrate == SELF else {"name": Path(o.calibrate).name, "sha256": sha256(Path(o.calibrate))}
-            save_whole({"windows": found.contiguous()}, path, text)
+            if is_first_process():
+                save_whole({"windows": found.contiguous()}, path, text)
+            share(None)  # it is saved
         return load_file(path)["windows"]
 
     def _check_enough(self, windows: torch.Tensor) -> None:
@@ -165,32 +172,35 @@ class Calibration:
                 f"sample a text from the dense model ('{SELF}')."
             )
 
-    def _layer(self, stream: Stream, i: int, held: int, bar: tqdm) -> None:
+    def _layer(self, stream: Stream, i: int, bar: tqdm) -> None:
         """Take the streams past a layer, having calibrated it where that was not done."""
         plan, path = self.plan, self.folder / LAYER.format(i)
         ffn = stream.attend(i)
         before = stream.dense.clone()
         over_chunks(partial(through, [ffn], r=self.r), stream.dense, self.device)
         stream.check(f"after layer {i}")
-        if not path.exists():
+        if share(not path.exists()):
             u, dense_u, wanted = (h.flatten(0, 1) for h in (stream.finedeep, before, stream.dense))
-            layer = plan.layer(
-                i, partial(activity_on, ffn, dense_u), partial(nonlinearity_on, ffn, dense_u, token_weights(wanted))
-            )
-            neurons = assign(plan.options.assignment, layer)
+            some = self.share.of_the_first(MAX_TOKENS)
+            activity = partial(activity_on, ffn, dense_u[:some])
+            nonlinearity = partial(nonlinearity_on, ffn, dense_u[:some], token_weights(wanted)[:some])
+            layer = plan.layer(i, activity, nonlinearity)
+            neurons = share(assign(plan.options.assignment, layer))
             tensors = {name: t for name, t in layer_tensors(plan, i, neurons).items() if ".sublayers." in name}
             padding = {name: tensors[name][rows] for name, rows in padding_rows(tensors, neurons).items()}
             for name, rows in padding_rows(tensors, neurons).items():
                 tensors[name][rows] = 0  # or a fit would share a neuron's work out to its copies
             cut = sublayers_from(plan.config, tensors, i, self.device)
-            sublayers, errors = self._climb(cut, u, dense_u, wanted, i, held, bar)
+            sublayers, errors = self._climb(cut, u, dense_u, wanted, i, bar)
             for name, tensor in sublayers.state_dict().items():
                 name = f"model.layers.{i}.sublayers.{name}"
                 tensors[name] = cast(name, tensor.cpu(), tensors[name].dtype)
             for name, rows in padding_rows(tensors, neurons).items():
                 tensors[name][rows] = padding[name]
             known = {"errors": json.dumps(asdict(errors)), "threads": str(torch.get_num_threads())}
-            save_whole({NEURONS: neurons, **tensors}, path, known)
+            if is_first_process():
+                save_whole({NEURONS: neurons, **tensors}, path, known)
+            share(None)  # it is saved
             if self.progress:
                 rungs = ", ".join(f"{rung.replace('_', ' ')} {error:.3f}" for rung, error in asdict(errors).items())
                 self.first = i if self.first is None else self.first
@@ -207,11 +217,11 @@ class Calibration:
         dense_u: torch.Tensor,
         wanted: torch.Tensor,
         i: int,
-        held: int,
         bar: tqdm,
     ) -> tuple[nn.ModuleList, LayerErrors]:
         """The best rung, and the error of each. Args: u, dense_u and wanted (tokens, hidden), the streams."""
-        if torch.equal(wanted[:held], dense_u[:held]):  # an FFN that does nothing
+        held = self.share.held
+        if everywhere(torch.equal(wanted, dense_u), self.device):  # an FFN that does nothing
             return cut, LayerErrors(*[median_error(cut, u[:held], wanted[:held], self.r)] * 3)
         objective = (
             self._divergence if i == self.plan.config.num_hidden_layers - 1 else stream_error(usual_length(wanted))
@@ -225,7 +235,9 @@ class Calibration:
         calibrated = copy.deepcopy(min((cut, corrected), key=error))
         if steps := self.plan.options.calibration_steps:
             generator = torch.Generator().manual_seed(self.plan.options.seed)
-            for lowest in fit(calibrated, u, wanted, self.r, objective, held=held, steps=steps, generator=generator):
+            for lowest in fit(
+                calibrated, u, wanted, self.r, objective, held=held, steps=steps, generator=generator, share=self.share
+            ):
                 bar.update()
                 bar.set_postfix_str(f"layer {i}, held out {lowest:.4f}", refresh=False)
         rungs = (cut, corrected, calibrated)
@@ -242,4 +254,6 @@ class Calibration:
 def best_device() -> torch.device:
     """The accelerator where there is one that can compute in float64."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return torch.device("cpu") if device is None or device.type == "mps" else device
+    if device is None or device.type == "mps":
+        return torch.device("cpu")
+    return torch.device(device.type, local_process_number()) if are_several() else device

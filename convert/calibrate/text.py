@@ -1,12 +1,13 @@
 """The tokens that calibration and healing go by: of a text, or sampled from the dense model itself."""
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 from finedeep_files.errors import ConversionError
+from finedeep_files.processes import are_several, number_of_processes, process_number
 from finedeep_files.progress import Progress
 from finedeep_files.text_files import read_documents
 from transformers import (
@@ -126,6 +127,19 @@ def sampled_windows(
     LLM-QAT (arXiv:2305.17888), from which the idea is.
     """
     return torch.cat(sampled_batches(model, tokens, seed, progress, length))
+
+
+def sampled_by_all(
+    model: PreTrainedModel, tokens: int, seed: int, progress: bool, length: int | None = None
+) -> torch.Tensor:
+    """As `sampled_windows`; where there are several processes, each samples its share and gets the whole."""
+    if not are_several():
+        return sampled_windows(model, tokens, seed, progress, length)
+    from accelerate.utils import gather_object
+
+    mine = sampled_batches(model, tokens, seed, progress, length, process_number(), number_of_processes())
+    turns = zip_longest(*gather_object([mine]))
+    return torch.cat([batch for turn in turns for batch in turn if batch is not None])
 
 
 @torch.inference_mode()
