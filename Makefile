@@ -4,7 +4,7 @@
 # make test-newest   the same with the newest of every dependency; before every release (a quarter of an hour)
 # make test-programs   TRL, llm-compressor, ONNX and other programs around a model (a quarter of an hour)
 # make bench   speed and memory beside dense Llama, into benchmarks/ (most of an hour; leave the machine alone)
-# make real TEXTS="NAME=FILE ..."   convert and measure SmolLM2-135M (an hour or more; resumable; see examples/REAL.md)
+# make real TEXTS="NAME=FILE ..."   convert and measure SmolLM2-135M (an hour or more; resumable; see docs/real.md)
 # make gpu-grid TRAIN=BOOKS.txt.xz AUTHOR=OTHER.txt   ten minutes of training on a GPU, with PYTHON as it is
 # The others make their own .venv with pinned versions first. PYTHON chooses the interpreter, 3.11 or newer.
 
@@ -60,7 +60,7 @@ test-programs: $(INSTALLED)
 	$(BIN)/python tests/programs/run.py
 
 bench: $(INSTALLED)
-	$(BIN)/python -m finedeep.benchmarks --output benchmarks --readme README.md
+	$(BIN)/python -m finedeep.benchmarks --output benchmarks --document docs/performance.md
 
 TEXTS ?=
 QUESTIONS ?=

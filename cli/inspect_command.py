@@ -1,8 +1,9 @@
 """How sparse a model is, and what its gates do, on a text: a Finedeep model or a dense one.
 
-NSAR is the share of FFN activations act(gate) whose size is above a threshold, 0.1 in the paper (arXiv:2502.12928). Of
-a Finedeep model there are the gates as well: mean, spread, entropy, how many are near 0 or 1, how experts go together,
-and experts that never matter (less than 1 % of their sub-layer's output on every token).
+NSAR, the non-sparse activation rate, is the share of FFN activations act(gate) whose size is above a threshold, 0.1 in
+the paper (arXiv:2502.12928). Of a Finedeep model there are the gates as well: mean, spread, entropy, how many are near
+0 or 1, how experts go together, and experts that never matter (less than 1 % of their sub-layer's output on every
+token).
 
 The text is read as it goes, in windows of 512 tokens; memory does not grow with it.
 
@@ -15,10 +16,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from finedeep_files.evaluation_options import DTYPES
 from finedeep_files.inputs import check_model, check_text
 from finedeep_files.working_folder import WorkingFolder
 
-from .argument_types import DTYPES, device, positive_int
+from .argument_types import device, positive_int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

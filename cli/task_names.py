@@ -8,7 +8,6 @@ from pathlib import Path
 
 from finedeep_files.inputs import InputError
 
-OWN_TASKS = Path(__file__).parents[1] / "eval/scoring/tasks"
 # Of a task's definition, a YAML file that may be JSON too.
 NAMED = re.compile(r"""^\s*["']?(?:task|group|tag)["']?\s*:\s*["']?([\w.+-]+)""", re.MULTILINE)
 
@@ -37,8 +36,8 @@ def check_tasks(names: Iterable[str], include_path: str | None) -> None:
 def _definitions(include_path: str | None) -> Iterator[str]:
     """The texts of all definitions, the likeliest first."""
     folders = [Path(include_path)] if include_path else []
-    harness = importlib.util.find_spec("lm_eval")
-    folders += [OWN_TASKS, *(Path(place) / "tasks" for place in (harness and harness.submodule_search_locations) or ())]
+    folders += [place / "eval/scoring/tasks" for place in _places_of("finedeep")]
+    folders += [place / "tasks" for place in _places_of("lm_eval")]
     for folder in folders:
         for path in folder.rglob("*"):
             if path.suffix in (".yaml", ".yml", ".py"):
@@ -46,3 +45,9 @@ def _definitions(include_path: str | None) -> Iterator[str]:
                     yield path.read_text(encoding="utf-8", errors="replace")
                 except OSError:  # which is for the harness to tell of
                     continue
+
+
+def _places_of(package: str) -> list[Path]:
+    """Where a package lies, which is not imported for it."""
+    found = importlib.util.find_spec(package)
+    return [Path(place) for place in (found and found.submodule_search_locations) or ()]

@@ -1,15 +1,17 @@
 """Which neuron of the dense FFN goes to which expert.
 
 An assignment is an order of the neurons: cut into M * K groups of (nearly) the same size, one for each expert, the
-first K of them for the first sub-layer. `ASSIGNMENTS` names the orders that there are; `register_assignment` adds one.
+first K of them for the first sub-layer. `ASSIGNMENTS` names the orders that there are; `register_assignment` adds
+one, and `package:function` names one that lies elsewhere.
 With M = 1 each of them gives the dense logits.
 """
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from finedeep_files.errors import ConversionError
+from finedeep_files.errors import ConversionError, one_line
 
 PADDING = -1
 
@@ -118,6 +120,31 @@ def _fill(likeness: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     return torch.tensor(home)
 
 
+def order_named(name: str) -> Order:
+    """The function of a name in `ASSIGNMENTS`, or of `package:function`, which is imported.
+
+    Raises:
+        ConversionError: there is none.
+    """
+    if name in ASSIGNMENTS:
+        return ASSIGNMENTS[name]
+    module, colon, function = str(name).partition(":")
+    if not colon:
+        raise ConversionError(
+            f"assignment {name!r} is not known; known are: {', '.join(ASSIGNMENTS)}, or a function of yours as "
+            "package:function."
+        )
+    try:
+        order = getattr(importlib.import_module(module), function)
+    except Exception as error:  # whatever the module raises
+        raise ConversionError(
+            f"assignment {name!r} cannot be imported ({one_line(error)}); name an importable package:function."
+        ) from error
+    if not callable(order):
+        raise ConversionError(f"assignment {name!r} is a {type(order).__name__}; name a function.")
+    return order
+
+
 def assign(name: str, layer: Layer) -> torch.Tensor:
     """(M, K, e) neuron numbers, with e the smallest width that fits; `PADDING` where there is none.
 
@@ -127,9 +154,7 @@ def assign(name: str, layer: Layer) -> torch.Tensor:
     Raises:
         ConversionError: the name is not known, or its order is not one of all neurons.
     """
-    if name not in ASSIGNMENTS:
-        raise ConversionError(f"assignment {name!r} is not known; known are: {', '.join(ASSIGNMENTS)}.")
-    order = torch.as_tensor(ASSIGNMENTS[name](layer)).cpu()
+    order = torch.as_tensor(order_named(name)(layer)).cpu()
     if not torch.equal(order.sort().values, torch.arange(layer.width)):
         raise ConversionError(
             f"assignment {name!r} gave layer {layer.index} an order in which not each of the {layer.width} neurons "

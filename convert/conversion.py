@@ -1,6 +1,5 @@
 """Convert a dense checkpoint into a Finedeep checkpoint."""
 
-import json
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,28 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finedeep_files.conversion_options import Options
 from finedeep_files.errors import ConversionError
 from finedeep_files.hashing import sha256
+from finedeep_files.json_files import read_json, write_json
+from finedeep_files.options import SELF, takes_options
 from finedeep_files.processes import is_first_process, share
 from finedeep_files.shards import INDEX, FolderWriter, write_index
-from finedeep_files.whole_file import write_whole
-from finedeep_files.working_folder import Contents
+from finedeep_files.versions import versions
+from finedeep_files.working_folder import Contents, WorkingFolder
 from tqdm import tqdm
 
 from .assignment import FORMULAS, assign
 from .calibrate.run import LAYER, WINDOWS, Calibration, LayerErrors, best_device
-from .calibrate.text import SELF
 from .code_files import CODE_FILES, copy_code
 from .cut import made
-from .destination import check_room, whole_folder, working_folder
-from .plan import Options, Plan, make_plan, same_plan
-from .probe import LayerProbe, probe_tokens
-from .receipt import NEURONS, RECEIPT, read_neuron_table, versions, write_neuron_table, write_receipt
-from .source import COMPANIONS, TOKENIZER_CONFIG, DenseCheckpoint, copy_companion, open_checkpoint, read_json
+from .plan import Plan, make_plan, same_plan
+from .receipt import NEURONS, RECEIPT, read_neuron_table, write_neuron_table, write_receipt
+from .source import COMPANIONS, TOKENIZER_CONFIG, DenseCheckpoint, copy_companion, open_checkpoint
 from .tensor_mapping import Target
 from .tokenization import keep_tokens
 
-DIFFERENCES = "differences.json"  # of layers that have been probed
 SMALL_FILES = 50 * 10**6  # a generous share of the disk for tokenizer, code and configuration
 
 
@@ -48,10 +46,10 @@ class Conversion:
     dense_parameters: int
     finedeep_parameters: int
     exact: bool
-    relative_ffn_difference: list[float]
     calibration: list[LayerErrors]
 
 
+@takes_options(Options)
 def convert_checkpoint(
     source: str | Path,
     destination: str | Path,
@@ -89,7 +87,7 @@ def convert_checkpoint(
         ConversionError: the source cannot be converted as asked, or the destination is not empty. Nothing is changed
             there; what is finished stays in the hidden folder beside it.
     """
-    work = working_folder(destination, resume=resume, overwrite=overwrite)
+    work = WorkingFolder(Path(destination), ConversionError, resume, overwrite)
     if is_first_process():
         work.check()
     plan = plan_conversion(source, revision=revision, **options)
@@ -100,15 +98,11 @@ def convert_checkpoint(
         return None
     if plan.much_padding:
         warnings.warn(plan.much_padding, stacklevel=2)
-    # A calibrated layer is kept on the disk, until all are, and then written into its shard.
-    kept = sum(
-        e.nbytes for shard in plan.shards for e in shard.entries if plan.options.calibrates and ".sublayers." in e.name
-    )
-    check_room(work, plan.nbytes + kept + SMALL_FILES)
+    work.check_room(plan.nbytes + _kept_bytes(plan) + SMALL_FILES)
     same = {**same_plan(plan), "versions": versions()}
     if plan.options.calibrates:
         same["device"] = best_device().type
-    with whole_folder(work, _contents(plan), same) as folder, _background() as background:
+    with work.begun(_contents(plan), same) as folder, _background() as background:
         hashes = {file.name: background.submit(sha256, file) for file in plan.dense.files}
         calibration = Calibration(plan, work.path, progress) if plan.options.calibrates else None
         if calibration is not None:
@@ -116,19 +110,12 @@ def convert_checkpoint(
             calibration.run()
         neurons = _neurons_of(plan, calibration, folder, progress)
         with _one_thread():
-            differences = _write_weights(folder, work.path / DIFFERENCES, plan, neurons, calibration, progress)
-        write_index(folder, plan.shards)
-        plan.config.save_pretrained(folder)
-        _write_companions(folder, plan.dense)
-        copy_code(folder)
-        keep_tokens(plan.dense.folder, folder, plan.config.vocab_size)
+            _write_weights(folder, plan, neurons, calibration, progress)
+        _write_beside(folder, plan)
         found = {name: future.result() for name, future in hashes.items()}
-        is_folder = Path(source).is_dir()
-        name = plan.dense.folder.resolve().name if is_folder else str(source)
-        revision_found = None if is_folder else plan.dense.folder.name
         record = calibration.record() if calibration is not None else None
         errors = calibration.errors() if calibration is not None else []
-        write_receipt(folder, plan, name, revision_found, found, differences, record)
+        write_receipt(folder, plan, *_name_and_revision(source, plan.dense), found, record)
     return Conversion(
         folder=work.destination,
         num_expert_sublayers=plan.options.num_expert_sublayers,
@@ -138,11 +125,34 @@ def convert_checkpoint(
         dense_parameters=plan.dense_parameters,
         finedeep_parameters=plan.finedeep_parameters,
         exact=plan.exact,
-        relative_ffn_difference=differences,
         calibration=errors,
     )
 
 
+def _kept_bytes(plan: Plan) -> int:
+    """Of the calibrated layers, which are kept on the disk until all are there, and then written into their shards."""
+    if not plan.options.calibrates:
+        return 0
+    return sum(e.nbytes for shard in plan.shards for e in shard.entries if ".sublayers." in e.name)
+
+
+def _name_and_revision(source: str | Path, dense: DenseCheckpoint) -> tuple[str, str | None]:
+    """What a receipt calls the source: a Hub id with its commit, or the name of a folder."""
+    if Path(source).is_dir():
+        return dense.folder.resolve().name, None
+    return str(source), dense.folder.name
+
+
+def _write_beside(folder: Path, plan: Plan) -> None:
+    """All that lies beside the weights but the receipt."""
+    write_index(folder, plan.shards)
+    plan.config.save_pretrained(folder)
+    _write_companions(folder, plan.dense)
+    copy_code(folder)
+    keep_tokens(plan.dense.folder, folder, plan.config.vocab_size)
+
+
+@takes_options(Options)
 def plan_conversion(source: str | Path, *, revision: str | None = None, **options: Any) -> Plan:
     """What `convert_checkpoint` would do: reads the configuration and the headers, writes nothing."""
     return make_plan(open_checkpoint(source, revision), Options(**options))
@@ -158,7 +168,7 @@ def _contents(plan: Plan) -> Contents:
     return Contents(
         command="convert",
         result=(*shards, INDEX, "config.json", *code, *COMPANIONS, NEURONS, RECEIPT),
-        private=(*windows, *layers, DIFFERENCES),
+        private=(*windows, *layers),
         kept=(*(f"result/{name}" for name in (*shards, NEURONS)), *layers, *sampled),
         receipt=RECEIPT,
     )
@@ -221,58 +231,24 @@ def _one_thread() -> Iterator[None]:
 
 
 def _write_weights(
-    folder: Path,
-    differences: Path,
-    plan: Plan,
-    neurons: list[torch.Tensor],
-    calibration: Calibration | None,
-    progress: bool,
-) -> list[float]:
-    """Write the shards that are not there yet. Returns each layer's relative difference on the probe batch.
-
-    Calibrated layers are not probed: they have been measured on the stream itself.
-    """
-    known: dict[str, float] = {}
-    if differences.exists():
-        known = json.loads(differences.read_text(encoding="utf-8"))
-    shard_of = {entry.name: shard for shard in plan.shards for entry in shard.entries}
-    finished = {shard.file_name for shard in plan.shards if (folder / shard.file_name).exists()}
-    sizes = {entry.name: entry.nbytes for shard in plan.shards for entry in shard.entries}
+    folder: Path, plan: Plan, neurons: list[torch.Tensor], calibration: Calibration | None, progress: bool
+) -> None:
+    """Write the shards that are not there yet."""
+    missing = [shard for shard in plan.shards if not (folder / shard.file_name).exists()]
+    sizes = {entry.name: entry.nbytes for shard in missing for entry in shard.entries}
     by_layer: dict[int, list[Target]] = {}
     for target in plan.targets:
-        by_layer.setdefault(target.layer, []).append(target)
-    h = _probe_batch(plan)
+        if target.name in sizes:
+            by_layer.setdefault(target.layer, []).append(target)
     bar = tqdm(total=plan.nbytes, desc="Converting", unit="B", unit_scale=True, disable=None if progress else True)
-    done = 0
-    with bar, FolderWriter(folder, plan.shards) as writer:
-        for layer, layer_targets in by_layer.items():
-            missing = {t.name for t in layer_targets if shard_of[t.name].file_name not in finished}
-            probed = layer >= 0 and calibration is None and str(layer) not in known
-            ready = calibration.tensors(layer) if calibration is not None and layer >= 0 else {}
-            probe = _layer_probe(h, plan, layer) if probed else None
-            wanted = [target for target in layer_targets if probed or target.name in missing]
-            for target, blocks in made(plan, wanted, neurons, probe, ready):
+    bar.update(plan.nbytes - sum(sizes.values()))
+    with bar, FolderWriter(folder, missing) as writer:
+        for layer, wanted in by_layer.items():
+            calibrated = calibration.tensors(layer) if calibration is not None and layer >= 0 else {}
+            for target, blocks in made(plan, wanted, neurons, calibrated):
                 for rows in blocks:
-                    if target.name in missing:
-                        writer.write(target.name, rows)
-            done += len(layer_targets)
-            bar.update(sum(sizes[target.name] for target in layer_targets))
-            bar.set_postfix_str(f"{done}/{len(plan.targets)} tensors", refresh=False)
-            if probe is not None:
-                known[str(layer)] = probe.difference()
-                write_whole(differences, json.dumps(known))
-    return [known[str(i)] for i in range(plan.dense_config.num_hidden_layers) if str(i) in known]
-
-
-def _probe_batch(plan: Plan) -> torch.Tensor:
-    """(tokens, hidden) embeddings of tokens drawn by the seed, as they enter the first layer."""
-    tokens = probe_tokens(plan.config.vocab_size, plan.options.seed)
-    return plan.dense.load_rows("model.embed_tokens.weight", tokens).float() * plan.config.embedding_multiplier
-
-
-def _layer_probe(h: torch.Tensor, plan: Plan, layer: int) -> LayerProbe:
-    norm = plan.dense.load(f"model.layers.{layer}.post_attention_layernorm.weight")
-    return LayerProbe(h, norm, plan.config)
+                    writer.write(target.name, rows)
+                bar.update(sizes[target.name])
 
 
 def _write_companions(folder: Path, dense: DenseCheckpoint) -> None:
@@ -282,4 +258,4 @@ def _write_companions(folder: Path, dense: DenseCheckpoint) -> None:
             content = read_json(file, "the tokenizer's configuration")
             # The user will load this folder with trust_remote_code: it must not point at anybody else's code.
             content.pop("auto_map", None)
-            copy.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_json(copy, content)

@@ -9,7 +9,6 @@ from finedeep_files.errors import ConversionError
 
 from .assignment import PADDING, gather
 from .plan import CAST, Plan
-from .probe import LayerProbe
 from .tensor_mapping import Target
 
 BLOCK = 2**22  # values of a weight that are worked on at a time
@@ -25,7 +24,7 @@ def padding_rows(tensors: Mapping[str, torch.Tensor], neurons: torch.Tensor) -> 
     """Of each tensor of a layer that leads into neurons, whose names are given, which rows are padding's."""
     found = {}
     for name in tensors:
-        if _place_in_ffn(name)[0] in ("gate_proj", "up_proj"):
+        if name.split(".")[-2] in ("gate_proj", "up_proj"):
             m = int(name.partition(".sublayers.")[2].partition(".")[0])
             found[name] = (neurons[m].flatten() == PADDING).nonzero().flatten()
     return found
@@ -35,12 +34,11 @@ def made(
     plan: Plan,
     wanted: Sequence[Target],
     neurons: Mapping[int, torch.Tensor] | Sequence[torch.Tensor],
-    probe: LayerProbe | None = None,
     ready: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> Iterator[tuple[Target, Iterator[torch.Tensor]]]:
     """The tensors of one layer, each a few rows at a time.
 
-    The probe sees what is read and what is made of it; tensors that are `ready` are handed on as they are.
+    Tensors that are `ready` are handed on as they are.
     """
     stored_name, stored = None, torch.empty(0)
     dtype = CAST[plan.options.dtype]
@@ -54,15 +52,9 @@ def made(
         if target.piece.stored != stored_name:
             stored_name, stored = target.piece.stored, plan.dense.load(target.piece.stored)
         tensor = stored.narrow(0, target.piece.start, target.piece.rows)
-        module, kind = _place_in_ffn(target.name)
-        if probe is not None and module and target.m == 0:
-            for _ in probe.dense.watch(module, kind, _split(tensor)):
-                pass
         blocks = _blocks(tensor, target, neurons, plan)
         if dtype is not None and tensor.dtype != dtype:
             blocks = (cast(target.piece.stored, rows, dtype) for rows in blocks)
-        if probe is not None and module:
-            blocks = probe.sublayer(target.m).watch(module, kind, blocks)
         yield target, blocks
 
 
@@ -89,14 +81,6 @@ def _blocks(
         yield from (gather(tensor, 0, part) for part in order.split(_rows_in_a_block(tensor)))
     else:
         yield from (gather(rows, 1, neurons[target.layer][target.m]) for rows in _split(tensor))
-
-
-def _place_in_ffn(name: str) -> tuple[str, str]:
-    """("gate_proj", "weight") and the like, or ("", "") for a tensor that is no part of the FFN's function here."""
-    module, kind = name.split(".")[-2:]
-    if kind == "expert_bias":
-        return "down_proj", "bias"
-    return (module, kind) if ".sublayers." in name and module.endswith("_proj") else ("", "")
 
 
 def _new(target: Target, dtype: torch.dtype, plan: Plan) -> torch.Tensor:

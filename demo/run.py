@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from finedeep_files.errors import check_seed
+from finedeep_files.errors import ConversionError, check_seed
+from finedeep_files.working_folder import WorkingFolder
 from transformers.utils import logging
 
 from ..convert import convert_checkpoint
-from ..convert.destination import working_folder
 from ..eval import evaluate, side_by_side
 from ..eval.scoring.harness import require_harness
 from .dense import train_dense
@@ -34,7 +34,7 @@ def run_demo(output: str | Path, *, seed: int = 0, steps: int = 300) -> str:
 
     check_seed(seed, 31)  # 32 bits are what NumPy takes, and the questions have the next one
     output = Path(output)
-    working_folder(output).check()
+    WorkingFolder(output, ConversionError).check()
     logging.disable_progress_bar()  # loading takes no time here
 
     world = World.from_seed(seed)

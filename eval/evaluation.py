@@ -8,24 +8,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finedeep_files.errors import one_line
+from finedeep_files.evaluation_options import StudyOptions
 from finedeep_files.masking import masked
+from finedeep_files.names import COMPARISON
+from finedeep_files.options import takes_options
 from finedeep_files.processes import is_first_process, is_needed, process_number, share
+from finedeep_files.versions import versions
 from finedeep_files.whole_file import write_whole
+from finedeep_files.working_folder import WorkingFolder
 
-from ..convert.hub.card import COMPARISON
 from .compare.comparison import compare, notes_of, sentence_of, table_of
 from .compare.scores import Results
 from .compare.table import side_by_side
 from .errors import EvaluationError
 from .inspect import inspection
 from .inspect.inspection import check_text, inspect
-from .output import EVALUATED, MARKDOWN, name_of, working_folder
+from .output import EVALUATED, MARKDOWN, name_of
 from .report import cost
 from .report.page import write_report
 from .scoring.chat_template import BEGINNING, chat_template_of, check_same_template
 from .scoring.harness import evaluate, save_results
 from .scoring.local_tasks import write_local_tasks
-from .scoring.model_identity import files_in, files_of, versions
+from .scoring.model_identity import PACKAGES, files_in, files_of
 from .scoring.tokenizer_check import beginning_of, check_same_tokenizer, load_tokenizer
 
 PLACES = ("output", "resume", "overwrite")  # the options that say where to write
@@ -41,6 +46,7 @@ class Study:
     comparison: Mapping[str, Any] | None = None
 
 
+@takes_options(StudyOptions)
 def score(model: str | Path, tasks: Sequence[str] = (), **options: Any) -> Study | None:
     """Score one model. The options are those of `study`, but for `text`."""
     if options.pop("text", None):
@@ -62,6 +68,7 @@ def score(model: str | Path, tasks: Sequence[str] = (), **options: Any) -> Study
     return Study(results, f"{side_by_side(results)}\n\n{beginning}")
 
 
+@takes_options(StudyOptions)
 def study(
     model: str | Path,
     baseline: str | Path,
@@ -79,15 +86,9 @@ def study(
         tasks: names of the harness's tasks or groups.
         text: a text file on which to look at sparsity and gates; None leaves that out.
         progress: whether to show bars on stderr.
-        options: those of `evaluate`, and
-            local: a folder of questions and texts, which become tasks too;
-            output: a folder to make, for the harness's results and samples, `comparison.json`, `comparison.md`, figures
-            and `report.html`. While the run is at work its answers are kept beside it, in `.NAME.unfinished`. None:
-            nothing is written, and costs are not measured;
-            resume: whether to continue from what a stopped run of the same study has left;
-            overwrite: whether to replace a finished run's files in `output`, as `finedeep_results.json` there lists
-            them, and to start again where a run was stopped;
-            say: is given lines about what is being done.
+        options: the fields of `StudyOptions`. While a run with `output` is at work its answers are kept beside it, in
+            `.NAME.unfinished`; `overwrite` replaces the files of a finished run, as its `finedeep_results.json` lists
+            them.
 
     Returns:
         What came out; None in the processes of `accelerate launch` but the first.
@@ -117,7 +118,7 @@ def check_output(output: str | Path | None, resume: bool | None, overwrite: bool
     if output is None and (resume or overwrite):
         raise EvaluationError("--resume and --overwrite are about what is in an --output folder; name it.")
     if output is not None:
-        working_folder(output, resume=bool(resume), overwrite=bool(overwrite)).check()
+        WorkingFolder(Path(output), EvaluationError, bool(resume), bool(overwrite)).check()
 
 
 @contextmanager
@@ -132,9 +133,8 @@ def _working(
         with tempfile.TemporaryDirectory(prefix="finedeep-eval-") as place:
             yield Path(place), None
         return
-    work = working_folder(
-        options["output"], resume=bool(options.get("resume")), overwrite=bool(options.get("overwrite"))
-    )
+    resume, overwrite = (bool(options.get(name)) for name in ("resume", "overwrite"))
+    work = WorkingFolder(Path(options["output"]), EvaluationError, resume, overwrite)
     decisive = {key: value for key, value in options.items() if key not in (*PLACES, "say", "local")}
     with ExitStack() as stack:
         refusal = None
@@ -191,7 +191,7 @@ def plan_of(
         **{f"files of {name}": files_of(path, revision=revision) for name, path in models.items()},
         "tasks": list(tasks),
         "local": files_in(Path(local), ("*.jsonl", "*.txt")) if local else None,
-        "versions": versions(),
+        "versions": versions(*PACKAGES),
         **decisive,
     }
     return json.loads(json.dumps(masked(plan), default=str))
@@ -202,6 +202,31 @@ def _note_on_dtypes(dtypes: Mapping[str, str]) -> list[str]:
         return []
     scored = ", ".join(f"{name} in {dtype}" for name, dtype in dtypes.items())
     return [f"Two dtypes are compared: {scored}. --dtype float32 scores both in one."]
+
+
+def _looks(
+    models: Mapping[str, str | Path],
+    text: str | Path | None,
+    progress: bool,
+    output: Path | None,
+    options: Mapping[str, Any],
+) -> dict[str, tuple[str, Callable[[], Any], Callable[[Any], str]]]:
+    """What is measured beside scores: a line to say before, the measurement, and the table of what it finds."""
+    how = {"device": options.get("device"), "dtype": options.get("dtype", "auto")}
+    looks: dict[str, tuple[str, Callable[[], Any], Callable[[Any], str]]] = {}
+    if text:
+        looks["inspection"] = (
+            f"Looking at activations and gates on {text}",
+            lambda: {name: inspect(path, text, progress=progress, **how) for name, path in models.items()},
+            inspection.table_of,
+        )
+    if output:
+        looks["cost"] = (
+            "Measuring speed and memory, both models in turn",
+            lambda: cost.costs_of(models, **how),
+            cost.table_of,
+        )
+    return looks
 
 
 def _conclude(
@@ -228,26 +253,13 @@ def _conclude(
         "notes": notes,
         "dtypes": dtypes,
         "options": masked({key: value for key, value in options.items() if key not in NOT_TOLD}),
-        "versions": versions(),
+        "versions": versions(*PACKAGES),
     }
-    how = {"device": options.get("device"), "dtype": options.get("dtype", "auto")}
-    looks: dict[str, tuple[str, Callable[[], Any], Callable[[Any], str]]] = {}
-    if text:
-        looks["inspection"] = (
-            f"Looking at activations and gates on {text}",
-            lambda: {name: inspect(path, text, progress=progress, **how) for name, path in models.items()},
-            inspection.table_of,
-        )
     if output:
-        looks["cost"] = (
-            "Measuring speed and memory, both models in turn",
-            lambda: cost.costs_of(models, **how),
-            cost.table_of,
-        )
         alike = len({name_of(path) for path in models.values()}) < len(models)
         for name, found in results.items():
             save_results(found, output, name if alike else None)
-    for name, (line, look, table) in looks.items():
+    for name, (line, look, table) in _looks(models, text, progress, output, options).items():
         if options.get("model_args"):  # which these do not know of
             parts.append(f"{name}: not measured with --set")
             continue
@@ -255,7 +267,7 @@ def _conclude(
         try:
             comparison[name] = look()
         except Exception as error:  # scores that took hours are worth more than this
-            parts.append(f"{name}: not measured ({type(error).__name__}: {' '.join(str(error).split())[:300]})")
+            parts.append(f"{name}: not measured ({type(error).__name__}: {one_line(error)})")
         else:
             parts.append(table(comparison[name]))
     markdown = "\n\n".join(parts)

@@ -4,10 +4,10 @@
 
 Nothing has to be installed but torch, transformers, numpy, tokenizers, pyyaml and tqdm. The text is tokenised once,
 while the first runs start. Each run is examples/plain.py in a process of its own; while one compiles, others train.
-OUT.jsonl has a line a run: recipe, losses on a fixed schedule, and at its end NSAR and gates. It is written anew every
-few seconds, so that whatever happens the curves so far are there; `finished` says which runs are whole. Before the
-deadline all are stopped with their states saved: the same command then goes on. On a CPU: --only '4m/*' --processes 2.
-examples/results.py takes such files, of several machines too, from examples/logs/gpu.
+OUT.jsonl has a line a run: recipe, losses on a fixed schedule, and at its end NSAR (the non-sparse activation rate) and
+gates. It is written anew every few seconds, so that whatever happens the curves so far are there; `finished` says which
+runs are whole. Before the deadline all are stopped with their states saved: the same command then goes on. On a CPU:
+--only '4m/*' --processes 2. examples/results.py takes such files, of several machines too, from examples/logs/gpu.
 """
 
 import argparse

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from finedeep.eval.compare.table import aligned_markdown
-from finedeep.eval.inspect.inspection import TAU
+from finedeep.eval.inspect.recorder import TAU
 from recipe import slug
 
 BASELINES = {"dense": "dense", "dense-sandwich-norm": "dense, sandwich norm"}

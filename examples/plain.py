@@ -3,8 +3,8 @@
     python examples/plain.py RECIPE.yaml OUT --set training.seed=1
 
 Same recipe, same tokens, same log, OUT/log.jsonl; of the recipe's training it takes the fields in `Training`. The log's
-last line has NSAR and gates on the held-out text. A SIGTERM stops it with its state saved, and the same command then
-goes on. The model is not saved. examples/gpu_grid.py runs many of these on one GPU.
+last line has NSAR (the non-sparse activation rate) and gates on the held-out text. A SIGTERM stops it with its state
+saved, and the same command then goes on. The model is not saved. examples/gpu_grid.py runs many of these on one GPU.
 """
 
 import argparse

@@ -17,6 +17,6 @@ def check_seed(seed: object, bits: int = 64) -> None:
         raise ConversionError(f"seed={seed!r} is not a whole number from 0 to {2**bits - 1}.")
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException | str) -> str:
     """What an error says, as a part of a sentence."""
     return " ".join(str(error).split())[:500]

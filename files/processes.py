@@ -50,9 +50,9 @@ def share(said: Any) -> Any:
     """What the first process says, in all of them: each calls this and waits for the others."""
     if not are_several():
         return said
-    from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    # As long as the harness would wait: the first to ask for a process group decides.
-    Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(weeks=52))])
+    # As long as the harness would wait, where nobody has asked for a process group yet: the first to ask decides.
+    PartialState(timeout=timedelta(weeks=52))
     return broadcast_object_list([said])[0]

@@ -18,24 +18,23 @@ from types import TracebackType
 import torch
 from safetensors.torch import save_file
 
-from .errors import ConversionError
+from .whole_file import scratch_of
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 LARGE = 2**20  # bytes
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor that is to be written."""
+    """A tensor of a safetensors file: what its header says. `file` is where one is that has been written."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    file: Path | None = None
 
     @property
     def numel(self) -> int:
@@ -59,25 +58,6 @@ class Shard:
     def nbytes(self) -> int:
         """Bytes of the tensors."""
         return sum(entry.nbytes for entry in self.entries)
-
-
-def parse_size(text: str | int) -> int:
-    """Bytes of such as "5GB", "500MB" or "2GiB". Raises `ConversionError` for anything else."""
-    digits = str(text).strip().upper().rstrip("BIKMGT")
-    unit = str(text).strip().upper()[len(digits) :]
-    try:
-        size = int(float(digits) * UNITS[unit])
-    except (ValueError, KeyError, OverflowError):
-        size = 0
-    if size < 1:
-        raise ConversionError(f"max_shard_size={text!r} is not a size; such as 5GB, 500MB or 2GiB are.")
-    return size
-
-
-def size(nbytes: float) -> str:
-    """Bytes for a person to read."""
-    unit = next(unit for unit in ("TB", "GB", "MB", "KB", "B") if nbytes >= UNITS[unit] or unit == "B")
-    return f"{nbytes / UNITS[unit]:.3g} {unit}"
 
 
 def plan_shards(entries: Iterable[Entry], max_bytes: int) -> list[Shard]:
@@ -109,9 +89,8 @@ def write_index(folder: Path, shards: list[Shard]) -> None:
 
 def save_whole(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a small safetensors file whole or not at all."""
-    scratch = path.with_name(f"{path.name}.new")
-    save_file(tensors, scratch, metadata)
-    scratch.replace(path)
+    with scratch_of(path) as scratch:
+        save_file(tensors, scratch, metadata)
 
 
 class ShardWriter:

@@ -33,7 +33,7 @@ class LeastSquares:
         if scale == 0:
             return torch.zeros_like(self.yx)
         regular = self.xx + ridge * scale * torch.eye(len(self.xx), dtype=self.xx.dtype, device=self.xx.device)
-        return torch.linalg.solve(regular, self.yx.T).T
+        return torch.cholesky_solve(self.yx.T, torch.linalg.cholesky(regular)).T
 
     def residuals(self, ridge: float) -> torch.Tensor:
         """(outputs,): the sum over tokens of (y - X x)^2 for the solution X."""

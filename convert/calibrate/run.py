@@ -1,8 +1,8 @@
 """Calibration: after a cut with M >= 2, bring every layer as near to the dense model's as a text can teach it.
 
-Layer by layer, in one pass. Each layer climbs a ladder, and keeps what is best on held-out tokens: the cut as it is;
-two closed-form corrections (`closed_form`); training on the dense FFN's own work (`gradient`), for the last layer on
-the dense model's next-token probabilities.
+Layer by layer, in one pass. Each layer goes through stages, and keeps what is best on held-out tokens: the cut as it
+is; two closed-form corrections (`closed_form`); training on the dense FFN's own work (`gradient`), for the last layer
+on the dense model's next-token probabilities.
 """
 
 import copy
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from finedeep_files.errors import ConversionError
 from finedeep_files.hashing import sha256
+from finedeep_files.options import SELF
 from finedeep_files.processes import are_several, is_first_process, local_process_number, share
 from finedeep_files.progress import in_words, say, seconds_for
 from finedeep_files.shards import save_whole
@@ -33,7 +34,7 @@ from .gradient import BATCH, Objective, error_of, fit, logit_divergence, median_
 from .neuron_statistics import MAX_TOKENS, activity_on, nonlinearity_on
 from .residual_stream import Stream, over_chunks, sublayers_from, through, token_weights, usual_length
 from .sharing import Share, everywhere
-from .text import SELF, held_out, sampled_by_all, text_windows
+from .text import held_out, sampled_by_all, text_windows
 
 WINDOWS = "calibration-windows.safetensors"
 LAYER = "calibrated-{}.safetensors"
@@ -43,7 +44,7 @@ TOKENS_PER_CHANNEL = 4  # at least: least squares would learn fewer by heart
 
 @dataclass(frozen=True)
 class LayerErrors:
-    """How far a converted layer is from the dense one, on held-out tokens, at each rung of the ladder.
+    """How far a converted layer is from the dense one, on held-out tokens, at each stage.
 
     The median over tokens of |h - h*| / |h*|, with h the stream after the layer and * for the dense model. What earlier
     layers have got wrong is in it.
@@ -139,7 +140,7 @@ class Calibration:
             "device": self.device.type,
             "threads": sorted({int(known["threads"]) for known in self._known()}),  # a run that goes on may have others
             "relative_errors": [
-                {rung: float(f"{error:.3g}") for rung, error in asdict(errors).items()} for errors in self.errors()
+                {stage: float(f"{error:.3g}") for stage, error in asdict(errors).items()} for errors in self.errors()
             ],
         }
 
@@ -191,7 +192,7 @@ class Calibration:
             for name, rows in padding_rows(tensors, neurons).items():
                 tensors[name][rows] = 0  # or a fit would share a neuron's work out to its copies
             cut = sublayers_from(plan.config, tensors, i, self.device)
-            sublayers, errors = self._climb(cut, u, dense_u, wanted, i, bar)
+            sublayers, errors = self._best_stage(cut, u, dense_u, wanted, i, bar)
             for name, tensor in sublayers.state_dict().items():
                 name = f"model.layers.{i}.sublayers.{name}"
                 tensors[name] = cast(name, tensor.cpu(), tensors[name].dtype)
@@ -202,15 +203,15 @@ class Calibration:
                 save_whole({NEURONS: neurons, **tensors}, path, known)
             share(None)  # it is saved
             if self.progress:
-                rungs = ", ".join(f"{rung.replace('_', ' ')} {error:.3f}" for rung, error in asdict(errors).items())
+                stages = ", ".join(f"{stage.replace('_', ' ')} {error:.3f}" for stage, error in asdict(errors).items())
                 self.first = i if self.first is None else self.first
                 done, rest = i + 1 - self.first, plan.config.num_hidden_layers - i - 1
                 left = in_words((time.perf_counter() - self.begin) / done * rest)
-                say(f"layer {i}: error relative to the stream, median token: {rungs}; {left} left")
+                say(f"layer {i}: error relative to the stream, median token: {stages}; {left} left")
         sublayers = sublayers_from(plan.config, self.tensors(i), i, self.device)  # rounded as they will be written
         over_chunks(partial(through, sublayers, r=self.r), stream.finedeep, self.device)
 
-    def _climb(
+    def _best_stage(
         self,
         cut: nn.ModuleList,
         u: torch.Tensor,
@@ -219,7 +220,7 @@ class Calibration:
         i: int,
         bar: tqdm,
     ) -> tuple[nn.ModuleList, LayerErrors]:
-        """The best rung, and the error of each. Args: u, dense_u and wanted (tokens, hidden), the streams."""
+        """The best stage, and the error of each. Args: u, dense_u and wanted (tokens, hidden), the streams."""
         held = self.share.held
         if everywhere(torch.equal(wanted, dense_u), self.device):  # an FFN that does nothing
             return cut, LayerErrors(*[median_error(cut, u[:held], wanted[:held], self.r)] * 3)
@@ -240,8 +241,8 @@ class Calibration:
             ):
                 bar.update()
                 bar.set_postfix_str(f"layer {i}, held out {lowest:.4f}", refresh=False)
-        rungs = (cut, corrected, calibrated)
-        return calibrated, LayerErrors(*(median_error(rung, u[:held], wanted[:held], self.r) for rung in rungs))
+        stages = (cut, corrected, calibrated)
+        return calibrated, LayerErrors(*(median_error(stage, u[:held], wanted[:held], self.r) for stage in stages))
 
     @cached_property
     def _divergence(self) -> Objective:

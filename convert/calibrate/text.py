@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from finedeep_files.errors import ConversionError
+from finedeep_files.errors import ConversionError, one_line
+from finedeep_files.options import SELF
 from finedeep_files.processes import are_several, number_of_processes, process_number
 from finedeep_files.progress import Progress
 from finedeep_files.text_files import read_documents
@@ -18,9 +19,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from ..tokenization import load_tokenizer
+from ..tokenization import tokenizer_of
 
-SELF = "self"
 HELD_OUT = 1 / 16  # of the windows
 WINDOW = 512  # tokens, or as many as the model has positions for
 AT_A_TIME = 512  # texts that are sampled at a time, at most
@@ -82,10 +82,10 @@ def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase:
     try:
         if not any((folder / name).is_file() for name in VOCABULARIES):  # some versions make an empty one up
             raise FileNotFoundError(f"none of {', '.join(VOCABULARIES)}")
-        return load_tokenizer(folder)
+        return tokenizer_of(folder)
     except Exception as error:  # what is raised where there is none differs by version
         raise ConversionError(
-            f"{folder} has no tokenizer that can be loaded ({' '.join(str(error).split())[:200]}); one beside the "
+            f"{folder} has no tokenizer that can be loaded ({one_line(error)}); one beside the "
             "weights is wanted to read texts."
         ) from error
 

@@ -5,12 +5,12 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from finedeep_files.errors import ConversionError
+from finedeep_files.errors import ConversionError, one_line
+from finedeep_files.options import SELF
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..calibrate.text import (
-    SELF,
     check_vocabulary,
     document_tokens,
     read_tokens,
@@ -90,5 +90,5 @@ def _documents(data: str) -> Iterator[str]:
         raise
     except Exception as error:  # what a dataset's loading raises is anybody's guess
         raise ConversionError(
-            f"{data} is neither a text file nor a dataset that can be read ({' '.join(str(error).split())[:300]})."
+            f"{data} is neither a text file nor a dataset that can be read ({one_line(error)})."
         ) from error

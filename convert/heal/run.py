@@ -2,134 +2,54 @@
 
 import dataclasses
 import math
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from finedeep_files.errors import ConversionError, check_seed, check_whole_number
+from finedeep_files.errors import ConversionError, one_line
 from finedeep_files.hashing import sha256
+from finedeep_files.healing_options import HealingOptions
+from finedeep_files.json_files import write_json
 from finedeep_files.loading_bars import without_loading_bars
 from finedeep_files.masking import masked
 from finedeep_files.names import LISTED
+from finedeep_files.options import SELF, takes_options
+from finedeep_files.processes import share
 from finedeep_files.progress import in_words, say, seconds_for
 from finedeep_files.shards import INDEX, WEIGHTS, save_whole
+from finedeep_files.versions import versions
 from finedeep_files.working_folder import Contents, WorkingFolder
 from safetensors.torch import load_file
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedModel,
     PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
     TrainingArguments,
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ...configuration_finedeep import FinedeepConfig
 from ...modeling_finedeep import FinedeepForCausalLM
-from ..calibrate.text import SELF, held_out
+from ..calibrate.text import held_out
 from ..code_files import CODE_FILES, copy_code
-from ..destination import working_folder
-from ..receipt import NEURONS, RECEIPT, read_receipt, versions, without_place, write_json
+from ..receipt import NEURONS, RECEIPT, read_receipt, without_place
 from ..source import COMPANIONS, DenseCheckpoint, check_finedeep, copy_companion, open_checkpoint
 from .data import healing_windows
+from .options import OWN, check_options
+from .trainer import HealingTrainer, TimeLeft
 from .training_checkpoints import ArgumentsWithoutSecrets, train_to_the_end
 
 HEALING = "finedeep_healing.json"
-HIDDEN_STATES = 10.0  # measured: convert/README.md
+HIDDEN_STATES = 10.0  # measured: docs/heal.md
 # Times 1 / width, as AdamW's best rate for hidden layers goes (Tensor Programs V, arXiv:2203.03466).
 RATE = 0.064
 TRAINING, WINDOWS = "training", "windows.safetensors"
 SHARDS = "model-?????-of-?????.safetensors"  # as transformers names them
-# Fields of TrainingArguments that are not the user's.
-OWN: Mapping[str, Any] = {
-    "eval_on_start": True,  # the receipt has the losses before
-    "include_num_input_tokens_seen": "all",  # and what was seen
-    "prediction_loss_only": True,
-    "remove_unused_columns": False,
-    # They would round the model itself, when it is evaluated at the end and then saved.
-    "bf16_full_eval": False,
-    "fp16_full_eval": False,
-}
-
-
-# Fields for which healing has an option of its own, by that name.
-SET_BY_OPTION: Mapping[str, str] = {
-    "learning_rate": "learning_rate",
-    "max_steps": "steps",
-    "num_train_epochs": "steps",
-    "per_device_train_batch_size": "batch_size",
-    "seed": "seed",
-    "resume_from_checkpoint": "resume",
-}
-# Fields that would be accepted and do nothing.
-WITHOUT_EFFECT: Mapping[str, str] = {
-    "label_smoothing_factor": "the loss is healing's own; --divergence softens it by what the teacher says",
-}
-SEED_BITS = 32  # NumPy's, which `Trainer` seeds too
-
-
-@dataclass(frozen=True)
-class HealingOptions:
-    """What the user asked for; the fields of the receipt's `options`."""
-
-    data: str = SELF
-    teacher: str | None = None
-    # The share of KL(teacher || student) in the loss; None: 1 with a teacher, 0 without.
-    divergence: float | None = None
-    # The weight, at the beginning, of how far each layer's output is from the teacher's; None: `HIDDEN_STATES` where
-    # the teacher has as many layers of the same size and the loss has a share of its divergence, otherwise 0.
-    hidden_states: float | None = None
-    tokens: int = 1_048_576
-    context: int = 512  # or as many as the model has positions for
-    steps: int = 1000
-    batch_size: int = 16
-    learning_rate: float | None = None  # None: `RATE` / hidden size
-    seed: int = 0
-    training: Mapping[str, Any] = field(default_factory=dict)  # fields of transformers' TrainingArguments
-
-    def __post_init__(self) -> None:
-        if self.divergence is None:
-            object.__setattr__(self, "divergence", 0.0 if self.teacher is None else 1.0)
-
-    def check(self) -> None:
-        """Raise `ConversionError` for an option that cannot be met."""
-        for name, least in {"tokens": 1, "context": 2, "steps": 1, "batch_size": 1}.items():
-            check_whole_number(name, getattr(self, name), least)
-        check_seed(self.seed, SEED_BITS)
-        if not 0 <= self.divergence <= 1:
-            raise ConversionError(
-                f"divergence={self.divergence} is not between 0 (next token only) and 1 (teacher only)."
-            )
-        if self.teacher is None and (self.divergence > 0 or self.data == SELF):
-            wanted = "to sample the text from" if self.data == SELF else f"for divergence={self.divergence}"
-            raise ConversionError(f"a teacher is wanted {wanted}; name the dense model (--teacher).")
-        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
-            raise ConversionError(f"learning_rate={self.learning_rate} is no rate; a number above 0 is wanted.")
-        if self.hidden_states is not None and not 0 <= self.hidden_states < math.inf:
-            raise ConversionError(f"hidden_states={self.hidden_states} is no weight; a number from 0 up is wanted.")
-        if self.hidden_states and self.teacher is None:
-            raise ConversionError(f"a teacher is wanted for hidden_states={self.hidden_states}; name it (--teacher).")
-        unknown = set(self.training) - {f.name for f in dataclasses.fields(TrainingArguments)}
-        if unknown:
-            raise ConversionError(f"{', '.join(sorted(unknown))}: no field of transformers' TrainingArguments.")
-        for name in sorted(SET_BY_OPTION.keys() & self.training.keys()):
-            own = SET_BY_OPTION[name]
-            raise ConversionError(f"{name}: use healing's own option for it, --{own.replace('_', '-')} ({own}=).")
-        for name in sorted(WITHOUT_EFFECT.keys() & self.training.keys()):
-            raise ConversionError(f"{name} would have no effect: {WITHOUT_EFFECT[name]}.")
-        if taken := set(self.training) & {*OWN, "output_dir"}:
-            raise ConversionError(
-                f"{', '.join(sorted(taken))}: healing sets it itself; leave it out. (bf16 and fp16 are free.)"
-            )
 
 
 @dataclass(frozen=True)
@@ -142,105 +62,7 @@ class Healed:
     after: Mapping[str, float]
 
 
-class HealingTrainer(Trainer):
-    """`Trainer` with the loss (1 - divergence) * next-token loss + divergence * KL(teacher || student), in nats.
-
-    In training, hidden_states * (1 - step / steps) * `hidden_state_distance` comes on top.
-    """
-
-    def __init__(
-        self, *, teacher: PreTrainedModel | None, divergence: float, hidden_states: float = 0.0, **kwargs: Any
-    ):
-        super().__init__(**kwargs)
-        self.hidden_states = hidden_states
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over a batch whose sequences are of one length
-        self.divergence = divergence
-        self.teacher = teacher.to(self.args.device).eval().requires_grad_(False) if teacher is not None else None
-        self.sums: dict[str, torch.Tensor] = {}  # part of the loss -> (sum over sequences, sequences)
-
-    def compute_loss(
-        self, model: nn.Module, inputs: Mapping[str, torch.Tensor], return_outputs: bool = False, **kwargs: Any
-    ) -> Any:
-        """Args: inputs with `input_ids` (batch, seq), every one of them text."""
-        ids = inputs["input_ids"]
-        pull = self.hidden_states * (1 - self.state.global_step / max(1, self.state.max_steps)) * model.training
-        ask = {"input_ids": ids, "use_cache": False, "output_hidden_states": pull > 0}
-        outputs = model(**ask)
-        logits = outputs.logits.float()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.divergence < 1):
-            parts = {"next_token": nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())}
-        if self.teacher is not None:
-            with torch.no_grad():
-                of_teacher = self.teacher(**ask)
-                wanted, states = of_teacher.logits.float().log_softmax(-1), of_teacher.hidden_states
-                del of_teacher  # and its logits
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.divergence > 0):
-                divergence = nn.functional.kl_div(logits.log_softmax(-1), wanted, log_target=True, reduction="none")
-                parts["divergence"] = divergence.sum(-1).mean()
-            if pull:
-                if torch.is_grad_enabled() and not outputs.hidden_states[1].requires_grad:
-                    raise ConversionError(
-                        "activation checkpointing with use_reentrant=true cuts hidden states off from the gradient: "
-                        "--set 'gradient_checkpointing_kwargs={\"use_reentrant\": false}', or --hidden-states 0."
-                    )
-                parts["hidden_states"] = hidden_state_distance(outputs.hidden_states, states)
-        for name, value in parts.items():
-            name = name if model.training else f"eval_{name}"
-            self.sums[name] = self.sums.get(name, 0) + torch.stack([value.detach(), torch.ones_like(value)]) * len(ids)
-        weights = {"next_token": 1 - self.divergence, "divergence": self.divergence, "hidden_states": pull}
-        loss = sum(weights[name] * part for name, part in parts.items() if weights[name])
-        return (loss, {"logits": outputs.logits}) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log the parts of the loss beside it, means over all processes."""
-        evaluating = any(name.startswith("eval_") for name in logs)
-        for name in [name for name in self.sums if name.startswith("eval_") == evaluating]:
-            total, number = self.accelerator.reduce(self.sums.pop(name), reduction="sum").tolist()
-            logs[name] = total / number
-        super().log(logs, *args, **kwargs)
-
-
-class TimeLeft(TrainerCallback):
-    """A line with the time left, wherever losses are logged."""
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.begin, self.first = time.perf_counter(), state.global_step
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        done = state.global_step - self.first
-        if done and state.is_world_process_zero and state.global_step < state.max_steps:
-            left = (time.perf_counter() - self.begin) / done * (state.max_steps - state.global_step)
-            say(f"Healing: step {state.global_step:,} of {state.max_steps:,}, {in_words(left)} left")
-
-
-def hidden_state_distance(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The mean over layers and tokens of |h - h*|² / |h*|².
-
-    Args: as models return them, the embeddings and each layer's output, the last after the final norm; (batch, seq,
-    hidden) each.
-    """
-    distances = []
-    for h, wanted in zip(student[1:], teacher[1:], strict=True):
-        size = wanted.float().pow(2).sum(-1)
-        size = size.clamp_min(1e-4 * size.mean())  # of a padding token's embedding, which may be 0
-        distances.append(((h.float() - wanted).pow(2).sum(-1) / size).mean())
-    return torch.stack(distances).mean()
-
-
-def is_main_process() -> bool:
-    """Whether this is the process that writes and speaks."""
-    from accelerate import PartialState
-
-    return PartialState().is_main_process
-
-
-def _of_first_process(value: Any) -> Any:
-    """What the first process has, in all of them: each waits for it."""
-    from accelerate.utils import broadcast_object_list
-
-    return broadcast_object_list([value])[0]
-
-
+@takes_options(HealingOptions)
 def heal(
     model: str | Path,
     destination: str | Path,
@@ -269,51 +91,27 @@ def heal(
             changed there; checkpoints stay in the hidden folder beside it.
     """
     o = HealingOptions(**options)
-    o.check()
-    work = working_folder(destination, resume=resume, overwrite=overwrite)
+    check_options(o)
+    work = WorkingFolder(Path(destination), ConversionError, resume, overwrite)
     work.check()
     checkpoint = open_checkpoint(model, check=check_finedeep)
-    model = checkpoint.folder
-    config = _student_config(model)
-    rate = RATE / config.hidden_size if o.learning_rate is None else o.learning_rate
-    o = dataclasses.replace(o, context=min(o.context, config.max_position_embeddings), learning_rate=rate)
+    config = _student_config(checkpoint.folder)
     # Before TrainingArguments: after them, DeepSpeed and FSDP would share the teacher out as it is loaded.
     teacher = _teacher(o.teacher, config) if o.teacher else None
-    o = dataclasses.replace(o, hidden_states=_hidden_states(o, config, teacher))
-    training = work.path / TRAINING
-    arguments = _training_arguments(o, training, progress)
-    if arguments.n_gpu > 1 and o.hidden_states:
-        raise ConversionError(
-            f"{arguments.n_gpu} devices are seen by one process; one process for each is wanted: accelerate launch -m "
-            "finedeep_cli heal ... (or CUDA_VISIBLE_DEVICES=0 for one alone)."
-        )
-    files = _files(model, o, teacher)
+    o = _settled(o, config, teacher)
+    arguments = _training_arguments(o, work.path / TRAINING, progress)
+    files = _files(checkpoint.folder, o, teacher)
     if progress and arguments.process_index == 0:
         _announce(o, checkpoint, teacher, arguments)
     with ExitStack() as stack:
         if arguments.process_index == 0:
-            plan = masked({"model": str(model.resolve()), **dataclasses.asdict(o), "files": files})
+            plan = masked({"model": str(checkpoint.folder.resolve()), **dataclasses.asdict(o), "files": files})
             stack.enter_context(work.begun(_contents(o), plan))
-        windows, apart = _prepare(work, model, config, teacher, o, arguments)
+        windows, apart = _prepare(work, checkpoint.folder, config, teacher, o, arguments)
         stack.enter_context(without_loading_bars())
-        student = _student(model)
-        # Checkpoints of the training have no use for the model's own, which some versions refuse to save as it is.
-        student.generation_config = GenerationConfig()
-        trainer = HealingTrainer(
-            teacher=teacher,
-            divergence=o.divergence,
-            hidden_states=o.hidden_states,
-            model=student,
-            args=arguments,
-            # Without labels Trainer would take it that there is no loss to evaluate.
-            train_dataset=[{"input_ids": window, "labels": window} for window in windows[apart:]],
-            eval_dataset=[{"input_ids": window, "labels": window} for window in windows[:apart]],
-        )
-        if not progress:
-            trainer.remove_callback(PrinterCallback)
-        else:
-            trainer.add_callback(TimeLeft())
-        train_to_the_end(trainer, training)
+        trainer = _trainer(_student(checkpoint.folder), teacher, o, arguments, windows[apart:], windows[:apart])
+        trainer.add_callback(TimeLeft()) if progress else trainer.remove_callback(PrinterCallback)
+        train_to_the_end(trainer, work.path / TRAINING)
         before = next(_losses(logs) for logs in trainer.state.log_history if "eval_loss" in logs)
         after = _losses(trainer.evaluate())
         if not all(map(math.isfinite, after.values())):
@@ -324,6 +122,39 @@ def heal(
         healed = Healed(work.destination, trainer.state.num_input_tokens_seen, before, after)
         _save(work.result, checkpoint, trainer, config, o, files, healed)
     return healed
+
+
+def _settled(o: HealingOptions, config: FinedeepConfig, teacher: PreTrainedModel | None) -> HealingOptions:
+    """The options, with what the model and its teacher decide where nothing was said."""
+    return dataclasses.replace(
+        o,
+        context=min(o.context, config.max_position_embeddings),
+        learning_rate=RATE / config.hidden_size if o.learning_rate is None else o.learning_rate,
+        hidden_states=_hidden_states(o, config, teacher),
+    )
+
+
+def _trainer(
+    student: FinedeepForCausalLM,
+    teacher: PreTrainedModel | None,
+    o: HealingOptions,
+    arguments: TrainingArguments,
+    windows: torch.Tensor,
+    held_out: torch.Tensor,
+) -> HealingTrainer:
+    """Args: windows and held_out (number, context) token ids."""
+    # Checkpoints of the training have no use for the model's own, which some versions refuse to save as it is.
+    student.generation_config = GenerationConfig()
+    return HealingTrainer(
+        teacher=teacher,
+        divergence=o.divergence,
+        hidden_states=o.hidden_states,
+        model=student,
+        args=arguments,
+        # Without labels Trainer would take it that there is no loss to evaluate.
+        train_dataset=[{"input_ids": window, "labels": window} for window in windows],
+        eval_dataset=[{"input_ids": window, "labels": window} for window in held_out],
+    )
 
 
 def _contents(o: HealingOptions) -> Contents:
@@ -344,7 +175,7 @@ def _announce(
     """Say what there is to do, and how long that may take."""
     sequences = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     seen = o.steps * sequences * o.context
-    of_student = sum(torch.Size(info.shape).numel() for info in student.tensors.values())
+    of_student = sum(entry.numel for entry in student.tensors.values())
     of_teacher = teacher.num_parameters() if teacher is not None else 0
     sampled = 2 * of_teacher * o.tokens if o.data == SELF else 0
     seconds = seconds_for((6 * of_student + 2 * of_teacher) * seen + sampled, arguments.device)
@@ -360,7 +191,7 @@ def _student_config(model: Path) -> FinedeepConfig:
     try:
         config = FinedeepConfig.from_pretrained(model)
     except Exception as error:  # the file may be a stranger's, and what a bad one raises differs by version
-        raise ConversionError(f"{model}/config.json is no Finedeep configuration that works: {_one_line(error)}") from (
+        raise ConversionError(f"{model}/config.json is no Finedeep configuration that works: {one_line(error)}") from (
             error
         )
     if config.max_position_embeddings < 2:
@@ -387,7 +218,7 @@ def _teacher(teacher: str, student: FinedeepConfig) -> PreTrainedModel:
     except ConversionError:
         raise
     except Exception as error:  # a stranger's files, and what bad ones raise differs by version
-        raise ConversionError(f"the teacher {teacher} cannot be loaded ({_one_line(error)}).") from error
+        raise ConversionError(f"the teacher {teacher} cannot be loaded ({one_line(error)}).") from error
 
 
 def _student(model: Path) -> FinedeepForCausalLM:
@@ -397,7 +228,7 @@ def _student(model: Path) -> FinedeepForCausalLM:
             model, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # as above
-        raise ConversionError(f"{model} cannot be loaded ({_one_line(error)}).") from error
+        raise ConversionError(f"{model} cannot be loaded ({one_line(error)}).") from error
     for what in ("missing", "unexpected"):
         if names := found[f"{what}_keys"]:
             raise ConversionError(
@@ -422,10 +253,6 @@ def _hidden_states(o: HealingOptions, student: FinedeepConfig, teacher: PreTrain
             f"{shapes[1][1]}, so that hidden states cannot be compared; hidden_states=0 goes without."
         )
     return 0.0
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def _training_arguments(o: HealingOptions, work: Path, progress: bool) -> TrainingArguments:
@@ -453,11 +280,17 @@ def _training_arguments(o: HealingOptions, work: Path, progress: bool) -> Traini
         "output_dir": str(work),
     }
     try:
-        return ArgumentsWithoutSecrets(**fields)
+        arguments = ArgumentsWithoutSecrets(**fields)
     except ImportError as error:
         raise ConversionError("healing wants accelerate, for transformers' Trainer: pip install accelerate.") from error
     except (TypeError, ValueError) as error:
-        raise ConversionError(f"TrainingArguments: {_one_line(error)}") from error
+        raise ConversionError(f"TrainingArguments: {one_line(error)}") from error
+    if arguments.n_gpu > 1 and o.hidden_states:
+        raise ConversionError(
+            f"{arguments.n_gpu} devices are seen by one process; one process for each is wanted: accelerate launch -m "
+            "finedeep_cli heal ... (or CUDA_VISIBLE_DEVICES=0 for one alone)."
+        )
+    return arguments
 
 
 def _prepare(
@@ -474,14 +307,14 @@ def _prepare(
         ConversionError: there are fewer than two.
     """
     path, process = work.path / WINDOWS, arguments.process_index
-    if _of_first_process(not path.exists()) and (process == 0 or o.data == SELF):  # sampling is shared out
+    if share(not path.exists()) and (process == 0 or o.data == SELF):  # sampling is shared out
         sampler = teacher.to(arguments.device) if teacher is not None else None
         progress = not arguments.disable_tqdm and process == 0
         found = healing_windows(o.data, model, config.vocab_size, o.context, o.tokens, sampler, o.seed, progress)
         if process == 0:
             _check_enough(found, o)
             save_whole({"windows": found.contiguous()}, path)
-    _of_first_process(None)  # has saved them
+    share(None)  # has saved them
     windows = load_file(path)["windows"]
     return windows, held_out(windows)
 
@@ -552,7 +385,7 @@ def _write_companions(
         "held_out_nats_per_token": {"before": healed.before, "after": healed.after},
         "versions": versions("accelerate"),
     }
-    write_json(folder / HEALING, receipt)
+    write_json(folder / HEALING, masked(receipt))
     if (model.folder / RECEIPT).is_file():
         receipt = {key: value for key, value in read_receipt(model.folder).items() if key != LISTED}
-        write_json(folder / RECEIPT, {**receipt, "exact": False, "healing": HEALING})
+        write_json(folder / RECEIPT, masked({**receipt, "exact": False, "healing": HEALING}))

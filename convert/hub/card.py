@@ -4,15 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from finedeep_files.conversion_options import ROUTING_FUNCTIONS
 from finedeep_files.errors import ConversionError
+from finedeep_files.json_files import read_json
+from finedeep_files.names import COMPARISON
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..source import read_json
+from ..receipt import LICENCE_FIELDS, RECEIPT
 
 PAPER = "2502.12928"
-CARD = "README.md"
-COMPARISON = "comparison.json"
-RECEIPT = "finedeep_conversion.json"
 TEMPLATE = """---
 {{ card_data }}
 ---
@@ -48,20 +48,9 @@ tokenizer = AutoTokenizer.from_pretrained("{{ repo_id }}", revision="{{ revision
 {% if checked_with %}Checked with {{ checked_with }}.{% endif %}
 {% if receipt_file %}How it was made is in [`{{ receipt_file }}`]({{ receipt_file }}).{% endif %}
 """
-GATES = {"sigmoid": "a sigmoid", "softmax": "a softmax over its sub-layer's experts"}
 SCORED = {"expert_output": "its own output", "hidden_state": "what the sub-layer reads"}
-ROUTING = {"routing_function": GATES, "routing_input": SCORED}  # the first is the default
+ROUTING = {"routing_function": ROUTING_FUNCTIONS, "routing_input": SCORED}  # the first is the default
 SIZES = ("num_expert_sublayers", "num_experts_per_sublayer", "num_hidden_layers", "intermediate_size")
-LICENCE_FIELDS = ("license", "license_name", "license_link")
-
-
-def licence_of(folder: Path) -> dict[str, str]:
-    """What the card of a checkpoint says of its licence: some of license, license_name and license_link."""
-    try:
-        data = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.to_dict()
-    except Exception:  # no card, or one that is no card: a stranger's file
-        return {}
-    return {field: data[field] for field in LICENCE_FIELDS if isinstance(data.get(field), str)}
 
 
 def read_scores(path: Path) -> list[EvalResult]:
@@ -172,22 +161,12 @@ def make_card(
         eval_results=scores or None,
         **licence,
     )
-    M, K, layers, width = (_field("config.json", config, name, int) for name in SIZES)
-    routing = {name: config.get(name, next(iter(known))) for name, known in ROUTING.items()}
-    for name, value in routing.items():
-        if value not in ROUTING[name]:
-            raise ConversionError(f"config.json has {name}={value!r}; {' or '.join(ROUTING[name])} is wanted.")
     return ModelCard.from_template(
         data,
         template_str=TEMPLATE,
         title=data.model_name,
         paper=PAPER,
-        layers=layers,
-        M=M,
-        K=K,
-        e=width // (M * K),
-        gate=GATES[routing["routing_function"]],
-        scored=SCORED[routing["routing_input"]],
+        **_shape(config),
         origin=f"[{origin}](https://huggingface.co/{origin})" if is_hub_id else origin,
         exactness=_exactness(receipt or {}),
         repo_id=repo_id,
@@ -197,6 +176,17 @@ def make_card(
         checked_with=", ".join(f"{name} {version}" for name, version in (checked_with or {}).items()),
         receipt_file=RECEIPT if receipt else None,
     )
+
+
+def _shape(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the card tells of the architecture."""
+    M, K, layers, width = (_field("config.json", config, name, int) for name in SIZES)
+    routing = {name: config.get(name, next(iter(known))) for name, known in ROUTING.items()}
+    for name, value in routing.items():
+        if value not in ROUTING[name]:
+            raise ConversionError(f"config.json has {name}={value!r}; {' or '.join(ROUTING[name])} is wanted.")
+    gate, scored = (ROUTING[name][value] for name, value in routing.items())
+    return {"layers": layers, "M": M, "K": K, "e": width // (M * K), "gate": gate, "scored": scored}
 
 
 def _field(file: str, content: Mapping[str, Any], name: str, kind: type) -> Any:

@@ -2,21 +2,25 @@
 
 import sys
 import tempfile
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from finedeep_files.errors import ConversionError, one_line
+from finedeep_files.json_files import read_json
 from finedeep_files.masking import masked
+from finedeep_files.versions import versions
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars
 
 from ..code_files import CODE_FILES, advice, auto_map_of, copy_code, missing_code
-from ..receipt import NEURONS, RECEIPT, read_receipt, versions
-from ..source import COMPANIONS, OURS, inside, read_json
-from .card import CARD, make_card, read_comparison, read_scores
+from ..receipt import NEURONS, RECEIPT, read_receipt
+from ..source import CARD, COMPANIONS, OURS, inside
+from .card import make_card, read_comparison, read_scores
 from .refusals import AGAIN, hub_errors
 from .standalone import standalone_logits
 
@@ -65,38 +69,18 @@ def push_folder(
             package's; the Hub refuses, the connection breaks, or what comes back differs. What has arrived is not sent
             again by a second run.
     """
-    folder = Path(folder)
-    config = _check(folder)
-    files = _files(folder)
-    own_card = folder / CARD
-    if results and own_card.is_file():
-        raise ConversionError(
-            f"{own_card} is the card as it is, and {results} would not be in it. Push without results, or move that "
-            "file away to have a card made."
-        )
-    receipt = read_receipt(folder) if (folder / RECEIPT).is_file() else None
-    scores = read_scores(Path(results)) if results else []
-    comparison = read_comparison(Path(results)) if results else None
-
-    def card(weights: str) -> CommitOperationAdd:
-        """The card, which names the revision that holds the weights."""
-        if own_card.is_file():
-            return CommitOperationAdd(CARD, own_card.read_bytes())
-        made = make_card(repo_id, weights, config, receipt, scores, comparison, checked_with=versions())
-        return CommitOperationAdd(CARD, str(made).encode())
-
+    folder, tell = Path(folder), _telling(say)
+    config, files = _check(folder), _files(folder)
+    card = _card_maker(folder, repo_id, config, results)
     first_card = card(revision or "main")  # before anything is sent: what is wrong with it shows now
     if not trust_remote_code:
         _check_code(folder)
-    tell = (lambda text: print(text, file=sys.stderr, flush=True)) if say else (lambda text: None)
     if line := advice(folder):
         tell(line)
     api = HfApi()
     _check_repository(api, repo_id, private)
     tell(f"Loading {folder} as anybody would ...")
-    with tempfile.TemporaryDirectory(prefix="finedeep-push-") as place:
-        model = folder.resolve() if trust_remote_code else _with_own_code(folder, Path(place) / "model")
-        here = standalone_logits(str(model), called=str(folder))
+    here = _logits_here(folder, trust_remote_code)
     if not say:
         disable_progress_bars()
     with hub_errors(repo_id):
@@ -105,31 +89,64 @@ def push_folder(
         tell(f"Uploading {len(files)} files to {repo_id} ...")
         if revision:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
+        additions = [CommitOperationAdd(file.relative_to(folder).as_posix(), file) for file in files]
+        message = "Upload Finedeep model"
         pushed = api.create_commit(
-            repo_id,
-            [first_card, *(CommitOperationAdd(file.relative_to(folder).as_posix(), file) for file in files)],
-            commit_message="Upload Finedeep model",
-            revision=revision,
-            create_pr=create_pr,
+            repo_id, [first_card, *additions], commit_message=message, revision=revision, create_pr=create_pr
         )
-        if not own_card.is_file():
-            api.create_commit(
-                repo_id,
-                [card(pushed.oid)],
-                commit_message="Model card, with the revision of the weights",
-                revision=pushed.pr_revision or revision,
-            )
+        if not (folder / CARD).is_file():
+            message = "Model card, with the revision of the weights"
+            where = pushed.pr_revision or revision
+            api.create_commit(repo_id, [card(pushed.oid)], commit_message=message, revision=where)
     tell(f"Loading {repo_id} at {pushed.oid} from the Hub, into an empty cache ...")
-    with tempfile.TemporaryDirectory(prefix="finedeep-push-") as cache:
-        # Not HF_HOME, where `hf auth login` keeps the token.
-        caches = {name: f"{cache}/{name}" for name in CACHES}
-        _check_arrived(repo_id, pushed.oid, folder, caches["HF_HUB_CACHE"])
-        there = standalone_logits(repo_id, pushed.oid, caches)
-    if not torch.equal(there, here):
+    if not torch.equal(_logits_there(repo_id, pushed.oid, folder), here):
         raise ConversionError(
             f"{repo_id} at {pushed.oid} gives other logits than {folder}. Do not use that revision; {AGAIN}."
         )
     return Push(repo_id, pushed.oid, pushed.pr_url or f"{api.endpoint}/{repo_id}")
+
+
+def _telling(say: bool) -> Callable[[str], None]:
+    return (lambda text: print(text, file=sys.stderr, flush=True)) if say else (lambda text: None)
+
+
+def _card_maker(
+    folder: Path, repo_id: str, config: Mapping[str, Any], results: str | Path | None
+) -> Callable[[str], CommitOperationAdd]:
+    """What makes the card, given the revision that holds the weights: the folder's own where there is one."""
+    own_card = folder / CARD
+    if own_card.is_file():
+        if results:
+            raise ConversionError(
+                f"{own_card} is the card as it is, and {results} would not be in it. Push without results, or move "
+                "that file away to have a card made."
+            )
+        return lambda weights: CommitOperationAdd(CARD, own_card.read_bytes())
+    receipt = read_receipt(folder) if (folder / RECEIPT).is_file() else None
+    scores = read_scores(Path(results)) if results else []
+    comparison = read_comparison(Path(results)) if results else None
+
+    def card(weights: str) -> CommitOperationAdd:
+        made = make_card(repo_id, weights, config, receipt, scores, comparison, checked_with=versions())
+        return CommitOperationAdd(CARD, str(made).encode())
+
+    return card
+
+
+def _logits_here(folder: Path, trust_remote_code: bool) -> torch.Tensor:
+    """What anybody gets of the folder: with its own code where that is trusted, else with this package's."""
+    with tempfile.TemporaryDirectory(prefix="finedeep-push-") as place:
+        model = folder.resolve() if trust_remote_code else _with_own_code(folder, Path(place) / "model")
+        return standalone_logits(str(model), called=str(folder))
+
+
+def _logits_there(repo_id: str, revision: str, folder: Path) -> torch.Tensor:
+    """What anybody gets of the repository, once code and configuration are known to be those of the folder."""
+    with tempfile.TemporaryDirectory(prefix="finedeep-push-") as cache:
+        # Not HF_HOME, where `hf auth login` keeps the token.
+        caches = {name: f"{cache}/{name}" for name in CACHES}
+        _check_arrived(repo_id, revision, folder, caches["HF_HUB_CACHE"])
+        return standalone_logits(repo_id, revision, caches)
 
 
 def _check_repository(api: HfApi, repo_id: str, private: bool) -> None:

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from finedeep_files.errors import ConversionError, one_line
 from finedeep_files.inputs import check_model
+from finedeep_files.json_files import as_json, read_json
+from finedeep_files.versions import versions
 from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 from huggingface_hub.utils import disable_progress_bars
 
 from ...configuration_finedeep import AUTO_MAP, FinedeepConfig, __version__
 from ..code_files import CODE, CODE_FILES, MARKED, UNMARKED, auto_map_of, is_newer, missing_code, version_in
-from ..receipt import RECEIPT, as_json, read_receipt, versions
-from ..source import check_finedeep, read_json
-from .card import CARD
+from ..receipt import RECEIPT, read_receipt
+from ..source import CARD, check_finedeep
 from .refusals import hub_errors
 from .standalone import standalone_logits
 
@@ -134,7 +135,7 @@ def _wanted_files(folder: Path, config: Mapping[str, Any]) -> dict[str, bytes]:
     files = {file.name: file.read_bytes() for file in CODE_FILES}
     fields = {"auto_map": auto_map_of(config) | AUTO_MAP, "finedeep_version": __version__}
     if any(config.get(key) != value for key, value in fields.items()):
-        files["config.json"] = as_json(dict(config) | fields)
+        files["config.json"] = as_json(dict(config) | fields).encode()
     return {name: content for name, content in files.items() if not _holds(folder / name, content)}
 
 
@@ -183,7 +184,7 @@ def _compared(folder: Path, config: Mapping[str, Any], files: Mapping[str, bytes
 
 def _receipt(folder: Path, before: str | None, difference: float | None) -> bytes:
     note = {"from": before, "logits_differ_by": difference, "versions": versions()}
-    return as_json({**read_receipt(folder), "refreshed": note})
+    return as_json({**read_receipt(folder), "refreshed": note}).encode()
 
 
 def _write_together(folder: Path, files: Mapping[str, bytes]) -> None:

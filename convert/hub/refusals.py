@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from finedeep_files.errors import ConversionError, one_line
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-from .card import CARD
+from ..source import CARD
 
 # What an HTTP status of the Hub means for somebody who pushes, and what to do.
 REASONS = {
@@ -28,7 +28,7 @@ def hub_errors(repo_id: str) -> Iterator[None]:
     try:
         yield
     except (LocalTokenNotFoundError, HFValidationError) as error:
-        raise ConversionError(f"{repo_id}: {' '.join(str(error).split())}") from error
+        raise ConversionError(f"{repo_id}: {one_line(error)}") from error
     except HfHubHTTPError as error:
         raise ConversionError(_refusal(repo_id, error)) from error
     except Exception as error:
@@ -46,7 +46,7 @@ def _refusal(repo_id: str, error: HfHubHTTPError) -> str:
     status = error.response.status_code if error.response is not None else None
     said = getattr(error, "server_message", None) or str(error).strip().splitlines()[-1]
     meaning = REASONS.get(status, AGAIN)
-    return f"the Hub refused to take {repo_id} (HTTP {status}: {' '.join(str(said).split())}): {meaning}."
+    return f"the Hub refused to take {repo_id} (HTTP {status}: {one_line(said)}): {meaning}."
 
 
 def _is_of_the_network(error: Exception) -> bool:

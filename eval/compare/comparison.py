@@ -83,7 +83,7 @@ def compare(baseline: Results, model: Results, seed: int = 0) -> list[Row]:
         if place.task in pairs:
             difference = _task_difference(place, pairs[place.task], score, seed)
         else:
-            difference = _group_difference(place, after, _leaves(model, place.task), pairs, seed)
+            difference = _group_difference(place, after, _tasks_below(model, place.task), pairs, seed)
         is_group, main = place.task not in pairs, mains.get(place.task) == place
         rows.append(Row(place, is_group, before[place], score, difference, main))
     return list(_judged(rows))
@@ -137,22 +137,22 @@ def _task_difference(place: Place, pairs: Mapping[str, Pairs], score: Score, see
     return difference_of(before, after, sizes, aggregate=aggregate, higher_is_better=higher, seed=seed)
 
 
-def _leaves(results: Results, name: str) -> list[str]:
+def _tasks_below(results: Results, name: str) -> list[str]:
     """The tasks below a group."""
     if name not in results["group_subtasks"]:
         return [name]
-    return [leaf for child in results["group_subtasks"][name] for leaf in _leaves(results, child)]
+    return [task for child in results["group_subtasks"][name] for task in _tasks_below(results, child)]
 
 
 def _group_difference(
     place: Place,
     scores: Mapping[Place, Score],
-    leaves: Sequence[str],
+    below: Sequence[str],
     pairs: Mapping[str, Mapping[str, Pairs]],
     seed: int,
 ) -> Difference | None:
     """Of a group's average, where that is a mean of its tasks' means, weighted by their sizes or not."""
-    tasks = [task for task in leaves if place._replace(task=task) in scores]
+    tasks = [task for task in below if place._replace(task=task) in scores]
     columns = [_columns(pairs[task][place.filter], place.metric) for task in tasks]
     if not tasks or place.metric in AGGREGATE_OF or None in columns or scores[place].higher_is_better is None:
         return None

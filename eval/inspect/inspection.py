@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from finedeep_files.loading_bars import without_loading_bars
 from finedeep_files.text_files import JSON_LINES
+from finedeep_files.tokenizers import load_tokenizer
 from finedeep_files.whole_file import write_whole
+from finedeep_files.working_folder import WorkingFolder
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..compare.table import aligned_markdown
 from ..errors import EvaluationError, cannot_load
-from ..output import INSPECTED, INSPECTION, working_folder
+from ..output import INSPECTED, INSPECTION
 from .recorder import EDGES, THRESHOLDS, Place, places_of, rates, watch
 
-TAU = "0.1"  # the threshold of NSAR unless said otherwise
 WINDOW = 512  # tokens, or as many as the model has positions for
 BATCH = 4  # windows
 PIECE = 2**16  # characters that are tokenised at a time
@@ -49,7 +50,7 @@ def inspect(
 
     Returns:
         JSON-able: `loss` in nats per token, `nsar` overall by threshold, `histogram` of act(gate) with its `edges`,
-        `layers` with the NSAR of each, `places` with everything by sub-layer (see `activity.Place`), and for a Finedeep
+        `layers` with the NSAR of each, `places` with everything by sub-layer (see `recorder.Place`), and for a Finedeep
         model `tokens` and `token_gates` (layer, M, K) of the text's beginning.
 
     Raises:
@@ -97,7 +98,7 @@ def load(model: str | Path, device: str | None, dtype: str) -> tuple[PreTrainedM
     """A model and its tokenizer. Raises `EvaluationError` where one cannot be loaded."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        tokenizer = load_tokenizer(model)
         with without_loading_bars():
             loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=False)
             loaded = loaded.to(device).eval()
@@ -190,37 +191,42 @@ def table_of(inspections: Mapping[str, Mapping[str, Any]]) -> str:
     return aligned_markdown(["", *inspections], rows_of(inspections), 1)
 
 
+# What the table shows of a model's places, and in which form. To add a statistic, add its row here.
+OF_PLACES: dict[str, tuple[Callable[[list[Mapping[str, Any]]], float], str]] = {
+    "effective rank of an FFN's output, mean": (lambda places: mean(p["effective_rank"] for p in places), ".1f"),
+}
+# Of what their gates do, where there are any.
+OF_GATES: dict[str, Callable[[list[Mapping[str, Any]]], float | None]] = {
+    "gates, mean": lambda g: mean(map(mean, (p["mean"] for p in g))),
+    "gates, spread over tokens": lambda g: mean(map(mean, (p["std"] for p in g))),
+    "gates near 0 (below 5 % of c, of softmax c/K)": lambda g: mean(map(mean, (p["near_0"] for p in g))),
+    "gates near c (above 95 % of c)": lambda g: mean(map(mean, (p["near_1"] for p in g))),
+    "entropy of gates, 1 = all alike": lambda g: mean(p["entropy"] for p in g),
+    "correlation between experts, mean size": lambda g: mean(p["mean_absolute_correlation"] for p in g),
+    "experts that never matter": lambda g: float(sum(p["never_matters"] for p in g)),
+}
+
+
 def rows_of(inspections: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """Models side by side: loss and NSAR of the whole by threshold, and of the gates what there is."""
+    """Models side by side: loss, non-sparse activation rates (NSAR), and what else there is of places and gates."""
+    models = list(inspections.values())
     rows = [
-        ["parameters", *(f"{found['parameters']:,}" for found in inspections.values())],
-        ["loss, nats per token", *(f"{found['loss']:.4f}" for found in inspections.values())],
-        *([f"NSAR at {t}", *(f"{found['nsar'][str(t)]:.2%}" for found in inspections.values())] for t in THRESHOLDS),
-        [
-            "effective rank of an FFN's output, mean",
-            *(f"{mean(p['effective_rank'] for p in found['places']):.1f}" for found in inspections.values()),
-        ],
+        ["parameters", *(f"{found['parameters']:,}" for found in models)],
+        ["loss, nats per token", *(f"{found['loss']:.4f}" for found in models)],
+        *([f"NSAR at {t}", *(f"{found['nsar'][str(t)]:.2%}" for found in models)] for t in THRESHOLDS),
+        *([label, *(format(of(m["places"]), form) for m in models)] for label, (of, form) in OF_PLACES.items()),
     ]
-    gated = {name: [p["gates"] for p in found["places"] if "gates" in p] for name, found in inspections.items()}
-    figures = {
-        "gates, mean": lambda g: mean(map(mean, (p["mean"] for p in g))),
-        "gates, spread over tokens": lambda g: mean(map(mean, (p["std"] for p in g))),
-        "gates near 0 (below 5 % of c, of softmax c/K)": lambda g: mean(map(mean, (p["near_0"] for p in g))),
-        "gates near c (above 95 % of c)": lambda g: mean(map(mean, (p["near_1"] for p in g))),
-        "entropy of gates, 1 = all alike": lambda g: mean(p["entropy"] for p in g),
-        "correlation between experts, mean size": lambda g: mean(p["mean_absolute_correlation"] for p in g),
-        "experts that never matter": lambda g: float(sum(p["never_matters"] for p in g)),
-    }
-    for label, figure in figures.items():
-        if any(gated.values()):
-            cells = [figure(gates) if gates else None for gates in gated.values()]
+    gated = [[p["gates"] for p in found["places"] if "gates" in p] for found in models]
+    for label, figure in OF_GATES.items():
+        if any(gated):
+            cells = [figure(gates) if gates else None for gates in gated]
             rows.append([label, *("" if value is None else f"{value:.3g}" for value in cells)])
     return rows
 
 
 def prepare(folder: str | Path, overwrite: bool = False) -> None:
     """Raise `EvaluationError` where `save` could not write into a folder, or nothing can be drawn."""
-    working_folder(folder, overwrite=overwrite).check()
+    WorkingFolder(Path(folder), EvaluationError, overwrite=overwrite).check()
     _plots()
 
 
@@ -236,7 +242,7 @@ def save(inspections: Mapping[str, Mapping[str, Any]], folder: str | Path, overw
         EvaluationError: the folder cannot be made; or nothing can be drawn, but `inspection.json` is written.
     """
     names, missing = [INSPECTION], None
-    with working_folder(folder, overwrite=overwrite).begun(INSPECTED, {}) as made:
+    with WorkingFolder(Path(folder), EvaluationError, overwrite=overwrite).begun(INSPECTED, {}) as made:
         write_whole(made / INSPECTION, json.dumps(inspections, indent=1))
         try:
             plots = _plots()

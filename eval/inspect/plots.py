@@ -11,7 +11,7 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .inspection import TAU
+from .recorder import TAU
 
 if TYPE_CHECKING:  # inspections are drawn without what comparisons want to be installed
     from ..compare.comparison import Row

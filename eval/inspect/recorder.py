@@ -4,7 +4,7 @@ A "place" is an FFN: one for each layer of a dense model, one for each sub-layer
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -18,6 +18,7 @@ from ...operators_finedeep import expert_outputs
 from ..errors import EvaluationError
 
 THRESHOLDS = (0.01, 0.03, 0.1, 0.3, 1.0)
+TAU = "0.1"  # the threshold of the non-sparse activation rate (NSAR) unless said otherwise
 # Of the histogram: SiLU has no value below -0.28; what is beyond is counted at the ends.
 BINS, LOWEST, HIGHEST = 250, -0.5, 2.0
 EDGES = [LOWEST + i * (HIGHEST - LOWEST) / BINS for i in range(BINS + 1)]
@@ -57,9 +58,8 @@ class Place:
         """Args: act(gate) (tokens, width)."""
         a = a.float().flatten()
         self.values += a.numel()
-        size = a.abs()
-        self.add("above", torch.stack([(size > t).sum() for t in THRESHOLDS]))
-        self.add("histogram", torch.histc(a.clamp(LOWEST, HIGHEST), BINS, LOWEST, HIGHEST))
+        for name, sum_of in OF_ACTIVATIONS.items():
+            self.add(name, sum_of(a))
 
     def add_gates(self, g: torch.Tensor) -> None:
         """Args: g (tokens, K)."""
@@ -88,14 +88,8 @@ class Place:
 
     def summary(self) -> dict[str, Any]:
         """Everything as plain numbers."""
-        found = {
-            "layer": self.layer,
-            "sublayer": self.sublayer,
-            "values": self.values,
-            "nsar": rates(self.sums["above"], self.values),
-            "histogram": self.sums["histogram"].long().tolist(),
-            "effective_rank": effective_rank(self.sums["moments"]),
-        }
+        found = {"layer": self.layer, "sublayer": self.sublayer, "values": self.values}
+        found |= {name: figure(self) for name, figure in FIGURES.items()}
         if self.K:
             found["gates"] = self._gates()
         return found
@@ -136,6 +130,19 @@ def effective_rank(moments: torch.Tensor) -> float:
     if not singular.sum():
         return 0.0
     return float(torch.special.entr(singular / singular.sum()).sum().exp())
+
+
+# What is summed over values of act(gate), (values,), by name. To add a statistic, add its sum here, its figure below.
+OF_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "above": lambda a: torch.stack([(a.abs() > t).sum() for t in THRESHOLDS]),
+    "histogram": lambda a: torch.histc(a.clamp(LOWEST, HIGHEST), BINS, LOWEST, HIGHEST),
+}
+# What a place's sums say, as JSON, by name.
+FIGURES: dict[str, Callable[[Place], Any]] = {
+    "nsar": lambda place: rates(place.sums["above"], place.values),
+    "histogram": lambda place: place.sums["histogram"].long().tolist(),
+    "effective_rank": lambda place: effective_rank(place.sums["moments"]),
+}
 
 
 @cache

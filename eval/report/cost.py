@@ -5,6 +5,7 @@
 prints the peak memory of one model in a process of its own, in bytes.
 """
 
+import inspect
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -12,19 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finedeep_files.peak_memory import peak_during, printed_by
 from finedeep_files.processor import processor
 from finedeep_files.timing import Work, interleaved, let_go, quartiles
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
-from ...benchmarks.cases import CACHE
-from ...benchmarks.memory import peak_during, printed_by
 from ..compare.table import aligned_markdown
 from ..errors import EvaluationError
 from ..inspect.inspection import load
 
 PROMPT = 512  # tokens, or as many as the model has positions for
 NEW = 8  # tokens that are decoded one by one after it
+# What a forward calls its cache; transformers 5.24 has renamed it.
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 SECONDS = 5.0  # for each kind of work, both models together
 
 

@@ -12,7 +12,7 @@ from jinja2 import Environment, StrictUndefined
 
 from ..compare.comparison import BETTER, HEAD, IDENTICAL, SAME, WORSE, Row, cells_of, figures_of
 from ..inspect import inspection, plots
-from ..inspect.inspection import TAU
+from ..inspect.recorder import TAU
 from ..output import PAGE
 from . import cost
 
@@ -20,7 +20,7 @@ TEMPLATE = Path(__file__).with_name("report.html")
 CAPTIONS = {
     "differences": "Finedeep's score less the dense model's, in tasks whose score is a share of samples.",
     "activations": "How often act(gate) has which value; the outermost bins hold all beyond.",
-    "nsar": f"NSAR by layer: the share of activations further than {TAU} from zero.",
+    "nsar": f"Non-sparse activation rate (NSAR) by layer: the share of activations further than {TAU} from zero.",
     "gates": "Mean gate of each expert, from 0 to c. A gate of 1 leaves the expert as it is.",
     "token_gates": "Gates along the text's beginning, in the layer where they move most.",
 }

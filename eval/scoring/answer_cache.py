@@ -79,17 +79,17 @@ class KeptAnswers:
     answers, from which any number of processes goes on. A cache is for a run of one process: of several, one may have
     had all of its own answers and another not. Of what samples the harness makes no use of a cache at all.
 
-    A `shelf` is a folder where the answers of tasks that are done stay, for other runs of the same model.
+    An `answer_cache` is a folder where the answers of tasks that are done stay, for other runs of the same model.
     """
 
-    def __init__(self, folder: Path, tasks: list[str], lm: Any, shelf: Path | None = None):
-        self.folder, self.tasks, self.lm, self.shelf = folder, tasks, lm, shelf
+    def __init__(self, folder: Path, tasks: list[str], lm: Any, answer_cache: Path | None = None):
+        self.folder, self.tasks, self.lm, self.answer_cache = folder, tasks, lm, answer_cache
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            if shelf:
-                shelf.mkdir(parents=True, exist_ok=True)
+            if answer_cache:
+                answer_cache.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise EvaluationError(f"{shelf} cannot be made ({error.strerror}); name another folder.") from error
+            raise EvaluationError(f"{answer_cache} cannot be made ({error.strerror}); name another folder.") from error
         if are_several():
             for mine in folder.glob(f"{ANSWERS}-*_rank{lm.rank or process_number()}.db*"):  # as the harness names them
                 mine.unlink()
@@ -104,7 +104,7 @@ class KeptAnswers:
         Each process draws the examples before its questions by itself. Where there are examples, another number of
         processes asks other questions, and none of the answers is for those.
         """
-        paths = filter(None, (self._done(task), self._on_shelf(task)))
+        paths = filter(None, (self._done(task), self._in_cache(task)))
         return next(filter(None, (_read(path, task) for path in paths)), {})
 
     def finish(self, task: str, results: Results, answers: Sequence[Answers]) -> None:
@@ -113,17 +113,17 @@ class KeptAnswers:
 
         found = {question: given for some in answers for question, given in some.items()}
         _write(self._done(task), found)
-        if self.shelf:
-            self._put_on_shelf(task, found)
+        if self.answer_cache:
+            self._put_into_cache(task, found)
         scores = masked({key: value for key, value in results.items() if key != "samples"})
         path = self.folder / f"{task.replace('/', '_')}.json"
         path.write_text(json.dumps(scores, indent=2, default=handle_non_serializable), encoding="utf-8")
 
-    def _put_on_shelf(self, task: str, found: Answers) -> None:
+    def _put_into_cache(self, task: str, found: Answers) -> None:
         """Beside what is there. Runs of one baseline may do so at the same moment, and none of them ends with it."""
         try:
-            with locked(self.shelf / ".lock", wait=True):
-                path = self._on_shelf(task)
+            with locked(self.answer_cache / ".lock", wait=True):
+                path = self._in_cache(task)
                 _write(path, {**_read(path, task), **found})
         except OSError as error:
             warnings.warn(f"answers to {task} are not kept for other runs ({error}).", stacklevel=2)
@@ -131,8 +131,8 @@ class KeptAnswers:
     def _done(self, task: str) -> Path:
         return Path(f"{self.cache(task)}_all.json")
 
-    def _on_shelf(self, task: str) -> Path | None:
-        return self.shelf / f"{task.replace('/', '_')}.json" if self.shelf else None
+    def _in_cache(self, task: str) -> Path | None:
+        return self.answer_cache / f"{task.replace('/', '_')}.json" if self.answer_cache else None
 
 
 def _read(path: Path, task: str) -> Answers:

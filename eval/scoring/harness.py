@@ -14,8 +14,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from finedeep_files.errors import one_line
+from finedeep_files.evaluation_options import EvaluationOptions
 from finedeep_files.loading_bars import without_loading_bars
 from finedeep_files.masking import masked
+from finedeep_files.options import takes_options
 
 from ..compare.scores import Results, scores_of
 from ..errors import EvaluationError, cannot_load
@@ -53,12 +56,12 @@ ROUGH_BOOTSTRAP = 1000  # resamples for a perplexity's standard error, where the
 COPIES = 3  # of the logits: in the model's dtype, in float32, and their log-softmax
 
 
-def require_harness() -> Any:
+def require_harness() -> None:
     """Import lm-eval, its log lines silenced. Raises `EvaluationError` where it, or what goes with it, is missing."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         import jinja2  # noqa: F401
-        import lm_eval
+        import lm_eval  # noqa: F401
         import matplotlib  # noqa: F401
         import psutil  # noqa: F401
         import scipy  # noqa: F401
@@ -67,29 +70,17 @@ def require_harness() -> Any:
             f"{error.name} is not installed. Install it with: pip install 'finedeep[eval]'"
         ) from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    return lm_eval
 
 
+@takes_options(EvaluationOptions)
 def evaluate(
     model: str | Path,
     tasks: Sequence[str],
     *,
-    include_path: str | Path | Sequence[str | Path] | None = None,
-    num_fewshot: int | None = None,
-    limit: int | None = None,
-    batch_size: int | str = "auto",
-    device: str | None = None,
-    dtype: str = "auto",
-    max_length: int | None = None,
-    model_args: Mapping[str, Any] | None = None,
-    apply_chat_template: bool | str = False,
-    fewshot_as_multiturn: bool | None = None,
-    system_instruction: str | None = None,
     output: str | Path | None = None,
     work: str | Path | None = None,
-    answers: str | Path | None = None,
     say: Callable[[str], None] | None = None,
-    seed: int = 1234,
+    **options: Any,
 ) -> Results:
     """Score one model with lm-evaluation-harness, one task after the other.
 
@@ -100,26 +91,13 @@ def evaluate(
     Args:
         model: a local folder or a Hub id, dense or Finedeep. No code out of it is run.
         tasks: names of the harness's tasks or groups, or of those in `include_path`.
-        include_path: a folder, or folders, with task definitions of your own.
-        num_fewshot: examples before each question; None leaves it to the task.
-        limit: how many samples of each task; None for all.
-        batch_size: a number; or "auto": on a GPU the largest that fits, found by trying, on a CPU one for which memory
-            is certain to do. A batch that turns out too large is halved.
-        device: such as "cpu" or "cuda:0"; None picks a GPU where there is one.
-        dtype: "auto" for the checkpoint's own, or such as "float32".
-        max_length: tokens of context and answer together; None for the model's own limit.
-        model_args: further arguments of the harness's `hf` model, such as {"parallelize": True}.
-        apply_chat_template: whether questions become messages by the model's chat template; or the name of one of its
-            templates.
-        fewshot_as_multiturn: whether examples are turns of the conversation; None: where there is a chat template.
-        system_instruction: a text that comes before each question, with a chat template as the system's message.
         output: a folder for the harness's results and samples.
         work: a folder in which every answer is kept as soon as it is there, so that a run that was stopped goes on with
             the next question, and each task's scores as soon as it is done.
-        answers: a folder where answers stay for other runs: this model, with the same options and versions, is not
-            asked again what it has answered there.
         say: is given a line as each task is done.
-        seed: for the choice of few-shot examples and bootstrap samples.
+        options: the fields of `EvaluationOptions`. A batch that turns out too large is halved. `answers` is a folder
+            where answers stay: this model, with the same options and versions, is not asked again what it has answered
+            there.
 
     Returns:
         The harness's results, with the samples. In the processes of `accelerate launch` but the first: {}.
@@ -127,73 +105,97 @@ def evaluate(
     Raises:
         EvaluationError: lm-eval is missing, a task is unknown or cannot be had, the model does not load or is broken.
     """
-    lm_eval = require_harness()
-    say = say or (lambda line: None)
-    for name in sorted(OWN_OPTIONS.keys() & (model_args or {}).keys()):
+    require_harness()
+    o, say = EvaluationOptions(**options), say or (lambda line: None)
+    _check_options(o)
+    wanted = _load_tasks(tasks, o.include_path)
+    _tell_of_examples(wanted, o.num_fewshot, say)
+    own = {"dtype": o.dtype, "max_length": o.max_length, **(o.model_args or {})}
+    lm = _load_model({"pretrained": str(model), **own}, o.batch_size, o.device)
+    _check_logits(lm, model)
+    _check_tokens(lm, model, wanted)
+    if o.apply_chat_template:
+        # Of several, the harness would record the one that was asked for and apply the default.
+        lm.tokenizer.chat_template = chat_template_of(model, o.apply_chat_template, lm.tokenizer)
+    with contextlib.ExitStack() as stack:
+        folder = Path(work or stack.enter_context(tempfile.TemporaryDirectory(prefix="finedeep-eval-")))
+        cache = Path(o.answers) / identity_of(model, {"seed": o.seed, **own}) if o.answers else None
+        kept = KeptAnswers(folder, list(wanted.tasks), lm, cache)
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # where the harness shows its progress
+        stack.enter_context(_quick_side_jobs())
+        results = _ask(lm, model, wanted, kept, _how(o, wanted), say)
+    if not results:
+        return {}
+    results["config"] |= _prompts(o)
+    arguments = {"pretrained": str(model), **own}
+    results["config"] |= {"model": "hf", "model_args": arguments, "batch_size": o.batch_size, "use_cache": None}
+    if output:
+        save_results(results, Path(output))
+    return results
+
+
+def _check_options(o: EvaluationOptions) -> None:
+    """Raise `EvaluationError` for an option that cannot be met."""
+    for name in sorted(OWN_OPTIONS.keys() & (o.model_args or {}).keys()):
         raise EvaluationError(f"{name} is no argument of the harness's hf model that can be set: {OWN_OPTIONS[name]}.")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise EvaluationError(f"seed={seed!r} is not a whole number from 0 to {2**32 - 1}.")
-    if fewshot_as_multiturn and not apply_chat_template:
+    if isinstance(o.seed, bool) or not isinstance(o.seed, int) or not 0 <= o.seed < 2**32:
+        raise EvaluationError(f"seed={o.seed!r} is not a whole number from 0 to {2**32 - 1}.")
+    if o.fewshot_as_multiturn and not o.apply_chat_template:
         raise EvaluationError(
             "--fewshot-as-multiturn makes turns of a conversation of the examples, for which --apply-chat-template is "
             "needed."
         )
-    wanted = _load_tasks(tasks, include_path)
-    _tell_of_examples(wanted, num_fewshot, say)
-    arguments = {"pretrained": str(model), "dtype": dtype, "max_length": max_length, **(model_args or {})}
-    lm = _load_model(arguments, batch_size, device)
-    _check_logits(lm, model)
-    _check_tokens(lm, model, wanted)
-    if apply_chat_template:
-        # Of several, the harness would record the one that was asked for and apply the default.
-        lm.tokenizer.chat_template = chat_template_of(model, apply_chat_template, lm.tokenizer)
-    prompts = {
-        "apply_chat_template": apply_chat_template,
-        "fewshot_as_multiturn": bool(apply_chat_template) if fewshot_as_multiturn is None else fewshot_as_multiturn,
-        "system_instruction": system_instruction,
+
+
+def _prompts(o: EvaluationOptions) -> dict[str, Any]:
+    """How questions become prompts, in the harness's words."""
+    turns = bool(o.apply_chat_template) if o.fewshot_as_multiturn is None else o.fewshot_as_multiturn
+    return {
+        "apply_chat_template": o.apply_chat_template,
+        "fewshot_as_multiturn": turns,
+        "system_instruction": o.system_instruction,
     }
-    how = {
-        **prompts,
+
+
+def _how(o: EvaluationOptions, wanted: "_Wanted") -> dict[str, Any]:
+    """The harness's arguments beside model and tasks."""
+    seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+    return {
+        **_prompts(o),
         "task_manager": wanted.manager,
-        "num_fewshot": num_fewshot,
-        "limit": limit,
+        "num_fewshot": o.num_fewshot,
+        "limit": o.limit,
         "log_samples": True,
-        "random_seed": seed,
-        "numpy_random_seed": seed,
-        "torch_random_seed": seed,
-        "fewshot_random_seed": seed,
+        **dict.fromkeys(seeds, o.seed),
     }
-    with contextlib.ExitStack() as stack:
-        folder = Path(work or stack.enter_context(tempfile.TemporaryDirectory(prefix="finedeep-eval-")))
-        decisive = {"seed": seed, "dtype": dtype, "max_length": max_length, **(model_args or {})}
-        shelf = Path(answers) / identity_of(model, decisive) if answers else None
-        kept = KeptAnswers(folder, list(wanted.leaves), lm, shelf)
-        stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # where the harness shows its progress
-        stack.enter_context(_quick_side_jobs())
-        results: Results = {}
-        given: Answers = {}
-        for i, (name, task) in enumerate(wanted.leaves.items(), start=1):
-            rough = {} if wanted.at_once else {"bootstrap_iters": ROUGH_BOOTSTRAP}
-            with _errors_of(model, [name]), answering(lm, kept.answers(name)):
-                results = _simple_evaluate(lm_eval, lm, [task], {**how, **rough, "use_cache": kept.cache(name)}, say)
-            given |= (mine := answers_of(task))
-            everyones = lm.gather_object(mine)
-            if results:
-                _check_answers(results, name, model)
-                kept.finish(name, results, everyones)
-                say(f"[{i}/{len(wanted.leaves)}] {_summary(results)}")
-        if not wanted.at_once:
-            # Everything once more, from the answers that are there: groups' averages as the harness makes them.
-            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))  # bars that are full at once
-            stack.enter_context(answering(lm, given))
-            results = _simple_evaluate(lm_eval, lm, wanted.whole, how, say)
-    if not results:
-        return {}
-    results["config"] |= prompts
-    results["config"] |= {"model": "hf", "model_args": arguments, "batch_size": batch_size, "use_cache": None}
-    if output:
-        save_results(results, Path(output))
-    return results
+
+
+def _ask(
+    lm: Any,
+    model: str | Path,
+    wanted: "_Wanted",
+    kept: KeptAnswers,
+    how: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> Results:
+    """The harness's results: task by task, then all at once from the answers that are there."""
+    results: Results = {}
+    given: Answers = {}
+    for i, (name, task) in enumerate(wanted.tasks.items(), start=1):
+        rough = {} if wanted.at_once else {"bootstrap_iters": ROUGH_BOOTSTRAP}
+        with _errors_of(model, [name]), answering(lm, kept.answers(name)):
+            results = _simple_evaluate(lm, [task], {**how, **rough, "use_cache": kept.cache(name)}, say)
+        given |= (mine := answers_of(task))
+        everyones = lm.gather_object(mine)
+        if results:
+            _check_answers(results, name, model)
+            kept.finish(name, results, everyones)
+            say(f"[{i}/{len(wanted.tasks)}] {_summary(results)}")
+    if wanted.at_once:
+        return results
+    # Groups' averages as the harness makes them; its bars would be full at once.
+    with contextlib.redirect_stderr(io.StringIO()), answering(lm, given):
+        return _simple_evaluate(lm, wanted.whole, how, say)
 
 
 class _Wanted:
@@ -202,10 +204,10 @@ class _Wanted:
     def __init__(self, manager: Any, tasks: Sequence[str]):
         self.manager = manager
         loaded = manager.load(list(tasks))
-        self.leaves = loaded["tasks"]
+        self.tasks = loaded["tasks"]
         below = {child for children in loaded["group_map"].values() for child in children}
         groups = [group for name, group in loaded["groups"].items() if name not in below]
-        self.whole = [*groups, *(task for name, task in self.leaves.items() if name not in below)]
+        self.whole = [*groups, *(task for name, task in self.tasks.items() if name not in below)]
         self.at_once = len(self.whole) == 1 and not groups
 
 
@@ -228,9 +230,9 @@ def _load_tasks(tasks: Sequence[str], include_path: str | Path | Sequence[str | 
         return _Wanted(manager, tasks)
     except Exception as error:  # what keeps a dataset from being had, has many classes
         if "Duplicate task" in str(error):
-            raise EvaluationError(f"{_one_line(error)}; name one of them only.") from error
+            raise EvaluationError(f"{one_line(error)}; name one of them only.") from error
         raise EvaluationError(
-            f"the data of {', '.join(tasks)} cannot be had ({type(error).__name__}: {_one_line(error)}). A task's data "
+            f"the data of {', '.join(tasks)} cannot be had ({type(error).__name__}: {one_line(error)}). A task's data "
             "come from the Hub, or out of its cache; --local takes questions and texts from a folder."
         ) from error
 
@@ -245,7 +247,7 @@ def _is_whole(index: Mapping[str, Any], name: str) -> bool:
 
 def _tell_of_examples(wanted: "_Wanted", num_fewshot: int | None, say: Callable[[str], None]) -> None:
     """The harness keeps a task's own 0, which is then not what was asked for."""
-    kept = [name for name, task in wanted.leaves.items() if task.get_config("num_fewshot") == 0]
+    kept = [name for name, task in wanted.tasks.items() if task.get_config("num_fewshot") == 0]
     if num_fewshot and kept:
         say(f"{num_fewshot} examples were asked for; these tasks have none by their own definition: {', '.join(kept)}")
 
@@ -296,7 +298,7 @@ def _check_logits(lm: Any, model: str | Path) -> None:
 
 def _check_tokens(lm: Any, model: str | Path, wanted: "_Wanted") -> None:
     """Raise `EvaluationError` where the harness would give the model a token that it does not have."""
-    types = {task.OUTPUT_TYPE for task in wanted.leaves.values()}
+    types = {task.OUTPUT_TYPE for task in wanted.tasks.values()}
     has = lm.model.config.vocab_size
     for output_type, (use, token) in OWN_TOKENS.items():
         number = token(lm)
@@ -347,7 +349,7 @@ def _errors_of(model: str | Path, tasks: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise EvaluationError(f"{model} on {', '.join(tasks)}: {_one_line(error)}") from error
+        raise EvaluationError(f"{model} on {', '.join(tasks)}: {one_line(error)}") from error
     except OverflowError as error:  # exp() of what a word costs, where a model is all wrong or a script has no spaces
         raise EvaluationError(
             f"{model} has a perplexity on {', '.join(tasks)} that is too large for a number: its weights are damaged, "
@@ -367,10 +369,9 @@ def _errors_of(model: str | Path, tasks: Sequence[str]) -> Iterator[None]:
         raise
 
 
-def _simple_evaluate(
-    lm_eval: Any, lm: Any, tasks: Sequence[Any], how: Mapping[str, Any], say: Callable[[str], None]
-) -> Results:
+def _simple_evaluate(lm: Any, tasks: Sequence[Any], how: Mapping[str, Any], say: Callable[[str], None]) -> Results:
     """The harness's own, again with half the batch wherever memory has run out."""
+    import lm_eval
     from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
     lm.batch_sizes.clear()  # found for another task's requests
@@ -448,7 +449,3 @@ def save_results(results: Results, output: Path, name: str | None = None) -> Non
             f"results and samples could not be written to {output}: {len(written)} of {1 + len(samples)} files are "
             "there. Make room, or name a folder with a shorter path."
         )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]

@@ -3,16 +3,14 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from finedeep_files.masking import masked
+from finedeep_files.versions import versions
 from transformers.utils import cached_file
 
-from ...configuration_finedeep import __version__
-
-PACKAGES = ("torch", "transformers", "lm_eval", "scipy")
+PACKAGES = ("lm_eval", "scipy")  # beside those that decide a conversion
 # The files of a model's folder that decide its answers.
 DECISIVE = (
     *("*.safetensors", "*.bin", "*config.json", "tokenizer*", "*.model", "vocab*", "merges*", "adapter*"),
@@ -27,7 +25,7 @@ def identity_of(model: str | Path, options: Mapping[str, Any]) -> str:
     known = {key: files_of(value, OTHERS[key]) if key in OTHERS else value for key, value in masked(options).items()}
     place = str(Path(model).resolve()) if Path(model).is_dir() else str(model)
     files = files_of(model, revision=options.get("revision"))
-    decisive = json.dumps([place, files, versions(), known], sort_keys=True, default=str)
+    decisive = json.dumps([place, files, versions(*PACKAGES), known], sort_keys=True, default=str)
     return f"{Path(model).name}-{hashlib.sha256(decisive.encode()).hexdigest()[:16]}"
 
 
@@ -42,8 +40,3 @@ def files_in(folder: Path, patterns: Iterable[str]) -> list[tuple[str, int, int]
     """Name, size and time of change of a folder's files."""
     found = {path for pattern in patterns for path in folder.glob(pattern)} if folder.is_dir() else ()
     return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(found)]
-
-
-def versions() -> dict[str, str]:
-    """Of all that decides scores and statistics."""
-    return {"finedeep": __version__, **{package: version(package) for package in PACKAGES}}

@@ -3,9 +3,11 @@
 from itertools import zip_longest
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from finedeep_files import tokenizers
+from finedeep_files.errors import one_line
+from finedeep_files.tokenizers import PROBE, first_difference
+from transformers import PreTrainedTokenizerBase
 
-from ...convert.tokenization import PROBE, first_difference
 from ..errors import EvaluationError
 
 
@@ -42,11 +44,9 @@ def check_same_tokenizer(baseline: str | Path, model: str | Path) -> str:
 def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     """A model's tokenizer. Raises `EvaluationError` where there is none."""
     try:
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        return tokenizers.load_tokenizer(model)
     except Exception as error:  # what is raised where there is none differs by version
-        raise EvaluationError(
-            f"{model} has no tokenizer that can be loaded ({' '.join(str(error).split())[:200]})."
-        ) from error
+        raise EvaluationError(f"{model} has no tokenizer that can be loaded ({one_line(error)}).") from error
 
 
 def beginning_of(model: str | Path) -> str:

@@ -6,7 +6,7 @@ r"""A real model, dense beside Finedeep: fetch SmolLM2-135M-Instruct, convert it
 What is done already in CACHE is not done again; a calibration that was stopped continues. The texts should be ones that
 no model here has learnt from: calibration samples its own from the dense model. `--questions` is a folder of *.jsonl as
 `finedeep eval --local` reads them. Results go to examples/results/real.json, receipts of the models made beside it, and
-the tables from both into examples/REAL.md. Weights stay in CACHE.
+the tables from both into docs/real.md. Weights stay in CACHE.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def main() -> None:
     option("--limit", type=int, metavar="N", help="only the first N questions of each benchmark")
     option("--convert", default="", metavar="ARGUMENTS", help="more arguments of the calibrating `finedeep convert`")
     option("--results", type=Path, default=RESULTS, help="where to write real.json and the receipts")
-    option("--page", type=Path, default=EXAMPLES / "REAL.md", help="the page with the tables")
+    option("--page", type=Path, default=EXAMPLES.parent / "docs/real.md", help="the page with the tables")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from finedeep.benchmarks.readme import put_into_readme
+from finedeep.benchmarks.documents import put_table
 from finedeep.eval.compare.table import aligned_markdown
 
 Results = Mapping[str, Any]
@@ -13,7 +13,7 @@ Results = Mapping[str, Any]
 def write_page(results: Results, page: Path) -> None:
     """Put each table between its marks."""
     for mark, (head, rows) in TABLES.items():
-        put_into_readme(f"real-{mark}", aligned_markdown(head, [*rows(results)], 1), page)
+        put_table(f"real-{mark}", aligned_markdown(head, [*rows(results)], 1), page)
 
 
 def losses(results: Results) -> Iterator[list[str]]:

@@ -9,7 +9,7 @@ import torch
 from finedeep.benchmarks import __main__ as command
 from finedeep.benchmarks import cases, growth, memory, models, results
 from finedeep.benchmarks.cases import Case
-from finedeep.benchmarks.readme import put_into_readme
+from finedeep.benchmarks.documents import put_table
 from finedeep_files import timing
 
 TINY = models.Shape(32, 2, 128, 4, 2, 64)
@@ -132,7 +132,18 @@ def test_a_run_is_saved_goes_on_and_is_rendered(tmp_path, monkeypatch):
     monkeypatch.setitem(models.SHAPES, "31M", TINY)
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- speed:begin -->\nold\n<!-- speed:end -->\nafter\n")
-    arguments = ["x", "--device", "cpu", "--seconds", "0", "--output", str(tmp_path), "--readme", str(readme), "--only"]
+    arguments = [
+        "x",
+        "--device",
+        "cpu",
+        "--seconds",
+        "0",
+        "--output",
+        str(tmp_path),
+        "--document",
+        str(readme),
+        "--only",
+    ]
     monkeypatch.setattr(sys, "argv", [*arguments, "prefill"])
     command.main()
     first = json.loads((tmp_path / "results" / "speed-cpu.json").read_text())
@@ -164,7 +175,7 @@ def test_a_document_without_the_marks_is_left_alone(tmp_path):
     document = tmp_path / "D.md"
     document.write_text("text")
     with pytest.raises(ValueError, match="has no <!-- speed:begin -->"):
-        put_into_readme("speed", "table", document)
+        put_table("speed", "table", document)
     assert document.read_text() == "text"
 
 

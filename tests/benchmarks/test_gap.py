@@ -8,7 +8,7 @@ import finedeep_cli
 import pytest
 import torch
 from finedeep.benchmarks import gap, gap_curve
-from finedeep.benchmarks.readme import check_marks
+from finedeep.benchmarks.documents import check_marks, document_with, table_in
 from transformers import LlamaForCausalLM
 
 
@@ -17,7 +17,7 @@ def line(**changes):
         "model": "m",
         "shape": "2x8",
         "source": "self",
-        "rung": "healed",
+        "stage": "healed",
         "dense": 1.0,
         "cut": 2.0,
         "seconds": 60.0,
@@ -57,13 +57,13 @@ def test_the_loss_is_that_of_the_whole_text(tmp_path, dense):
     assert gap.loss_of(dense, windows) == pytest.approx(expected, rel=1e-5)
 
 
-def test_rungs_run(tmp_path, dense, monkeypatch):
+def test_stages_run(tmp_path, dense, monkeypatch):
     """With few steps; and the command that a line names is the one that was run."""
     (tmp_path / "text.txt").write_text("There was a text, and it was not long. " * 200)
     monkeypatch.setattr(gap, "RESULTS", tmp_path / "gap.jsonl")
     few = ["--convert", "--calibration-tokens 4096 --calibration-steps 2", "--heal", "--steps 2 --tokens 2048"]
     few += [
-        "--rungs",
+        "--stages",
         "layer by layer",
         "healed",
         "--window",
@@ -85,7 +85,7 @@ def test_rungs_run(tmp_path, dense, monkeypatch):
     monkeypatch.setattr(gap, "run", in_this_process)
     gap.main()
     lines = [json.loads(text) for text in (tmp_path / "gap.jsonl").read_text().splitlines()]
-    assert [(x["source"], x["rung"]) for x in lines] == [("text", "layer by layer"), ("text", "healed")]
+    assert [(x["source"], x["stage"]) for x in lines] == [("text", "layer by layer"), ("text", "healed")]
     for x, command in zip(lines, ran[1:], strict=True):
         assert [word for word in shlex.split(x["command"])[1:] if not word.isupper()] == [
             word for word in map(str, command) if not word.startswith("/") and word != "self"
@@ -94,7 +94,7 @@ def test_rungs_run(tmp_path, dense, monkeypatch):
     assert lines[1]["seconds"] > lines[0]["seconds"]
 
 
-def test_a_rung_is_a_process_of_its_own(monkeypatch):
+def test_a_stage_is_a_process_of_its_own(monkeypatch):
     """Whose start-up counts, and which has the threads that this one has."""
     ran = []
     monkeypatch.setattr(gap.subprocess, "run", lambda words, **how: ran.append((words, how)))
@@ -113,7 +113,7 @@ def test_the_curve_counts_what_a_command_learns_from(tmp_path):
     assert gap_curve.tokens_of(line(command=heal.replace("--seed", "--context 64 --batch-size 2 --seed"))) == 7 * 128
     assert gap_curve.tokens_of(line(command=convert)) == 65_536
     assert gap_curve.tokens_of(line(command=f"{convert} --calibration-tokens 4096 --seed 0")) == 4096
-    lines = [line(loss=1.25), line(rung="layer by layer", command=convert), line(source="text", rung="unknown")]
+    lines = [line(loss=1.25), line(stage="layer by layer", command=convert), line(source="text", stage="unknown")]
     assert gap_curve.left_of(lines[0]) == 0.25
     gap_curve.draw(lines, tmp_path / "gap.svg")
     content = (tmp_path / "gap.svg").read_text(encoding="utf-8")
@@ -121,12 +121,12 @@ def test_the_curve_counts_what_a_command_learns_from(tmp_path):
 
 
 def test_the_pages_have_their_places():
-    check_marks("gap", gap.PAGE)
-    check_marks("gap", gap.ROOT / "README.md")
+    for mark in ("gap", "gap-summary"):
+        check_marks(mark, document_with(mark))
 
 
 def test_the_pages_show_what_was_measured():
     """As the command makes them from the committed lines."""
     lines = [json.loads(text) for text in gap.RESULTS.read_text(encoding="utf-8").splitlines()]
-    assert gap.table_of(lines) in gap.PAGE.read_text(encoding="utf-8")
-    assert gap.summary_of(lines) in (gap.ROOT / "README.md").read_text(encoding="utf-8")
+    assert gap.table_of(lines) == table_in("gap")
+    assert gap.summary_of(lines) == table_in("gap-summary")

@@ -7,7 +7,7 @@ import pytest
 import transformers
 from conftest import make_dense
 from finedeep.convert import ConversionError, convert_checkpoint, export_checkpoint
-from finedeep.convert.heal.run import heal
+from finedeep.convert.heal import heal
 from finedeep_cli import main
 from isolated import run_isolated
 from test_healing import QUICK

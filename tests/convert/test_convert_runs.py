@@ -18,13 +18,12 @@ from finedeep.convert.calibrate.run import Calibration
 from finedeep.convert.conversion import plan_conversion
 from finedeep.convert.plan import Options
 from finedeep.convert.receipt import RECEIPT
-from finedeep_cli import convert_command, main
+from finedeep_cli import argument_types, convert_command, main
 from finedeep_files.hashing import sha256
 from finedeep_files.working_folder import Contents, WorkingFolder
 from isolated import FORKS
 from safetensors.torch import load_file, save_file
 from test_convert import assert_same_logits, fingerprint, load
-from test_families import CASES, make_family
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 SMALL_SHARDS = {"max_shard_size": "20KB", "progress": False}
@@ -59,12 +58,11 @@ def test_the_plan_names_every_tensor_and_writes_nothing(tmp_path, capsys, dense)
 
 
 def test_help_agrees_with_the_options():
-    """The command repeats what `Options` says, as --help must not import torch."""
     parser = convert_command.argparse.ArgumentParser()
     convert_command.add_arguments(parser)
     given = vars(parser.parse_args(["source", "destination"]))
     assert Options(**{name: given[name] for name in vars(Options())}) == Options()
-    assert set(convert_command.ASSIGNMENTS) <= set(ASSIGNMENTS)
+    assert set(argument_types.ASSIGNMENTS) <= set(ASSIGNMENTS)
 
 
 def test_the_receipt_makes_the_same_bytes_again(tmp_path, dense):
@@ -75,28 +73,8 @@ def test_the_receipt_makes_the_same_bytes_again(tmp_path, dense):
     assert fingerprint(tmp_path / "one") == fingerprint(tmp_path / "two")
     assert receipt["source"]["sha256"] == {"model.safetensors": sha256(dense / "model.safetensors")}
     assert receipt["versions"]["torch"] == torch.__version__
-    assert len(receipt["relative_ffn_difference"]) == 2
     convert(dense, tmp_path / "three", **{**receipt["options"], "seed": 8})
     assert fingerprint(tmp_path / "one") != fingerprint(tmp_path / "three")
-
-
-@pytest.mark.parametrize("case", ["llama 2, grouped queries", "granite, biases", "granite"])
-@torch.no_grad()
-def test_the_differences_are_those_of_the_models(tmp_path, case):
-    """Against the dense layer and the converted layer themselves, on the embeddings of the probe's tokens."""
-    from finedeep.convert.probe import probe_tokens
-
-    dense = make_family(tmp_path / "dense", *CASES[case])
-    done = convert(tmp_path / "dense", tmp_path / "out", num_expert_sublayers=3, num_experts_per_sublayer=4)
-    old, new = dense.model, load(tmp_path / "out").model
-    r = new.config.residual_multiplier
-    h = old.embed_tokens(torch.tensor([probe_tokens(260, seed=0)])) * new.config.embedding_multiplier
-    for before, after, said in zip(old.layers, new.layers, done.relative_ffn_difference, strict=True):
-        expected = before.mlp(before.post_attention_layernorm(h))
-        found = h
-        for sublayer in after.sublayers:
-            found = found + r * sublayer(found)[0]
-        assert said == pytest.approx((((found - h) / r - expected).norm() / expected.norm()).item(), rel=1e-3)
 
 
 # --- assignment ------------------------------------------------------------------------------------------------------
@@ -107,8 +85,7 @@ def test_every_assignment_is_exact_with_one_sublayer(tmp_path, dense, assignment
     (tmp_path / "text.txt").write_text("Once upon a time there was a text. " * 20)
     texts = {"activity": "text", "nonlinearity": "calibrate"}
     text = {texts[assignment]: str(tmp_path / "text.txt")} if assignment in texts else {}
-    done = convert(dense, tmp_path / "out", num_expert_sublayers=1, assignment=assignment, **text)
-    assert max(done.relative_ffn_difference) < 1e-6
+    convert(dense, tmp_path / "out", num_expert_sublayers=1, assignment=assignment, **text)
     assert_same_logits(dense, tmp_path / "out")
     gates = [load_file(folder / "model.safetensors") for folder in (dense, tmp_path / "out")]
     same = torch.equal(
@@ -132,17 +109,6 @@ def test_the_memory_of_a_whole_model_is_told_of(tmp_path):
     assert plan_conversion(dense).memory < parameters
     assert plan_conversion(dense, assignment="activity", text="text.txt").memory == 2 * parameters
     assert plan_conversion(dense, calibrate="self", calibration_tokens=1000).memory == 4 * parameters
-
-
-def test_an_ffn_that_puts_out_nothing_is_not_apart(tmp_path):
-    """And the receipt is JSON, which knows no NaN."""
-    dense = make_dense(tmp_path / "dense")
-    tensors = load_file(dense / "model.safetensors")
-    tensors["model.layers.1.mlp.down_proj.weight"].zero_()
-    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
-    done = convert(dense, tmp_path / "out", num_expert_sublayers=2)
-    assert done.relative_ffn_difference[0] > 0 == done.relative_ffn_difference[1]
-    json.loads((tmp_path / "out" / RECEIPT).read_text(), parse_constant=lambda name: pytest.fail(name))
 
 
 def test_activity_puts_the_most_active_neurons_first(tmp_path, dense):
@@ -244,7 +210,6 @@ def test_what_does_not_fit_into_float16_is_refused(tmp_path):
     dense = make_dense(tmp_path / "dense")
     tensors = load_file(dense / "model.safetensors")
     tensors["model.norm.weight"][0] = 1e6
-    from safetensors.torch import save_file
 
     save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConversionError, match=r"model.norm.weight has values up to 1e\+06"):

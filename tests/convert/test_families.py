@@ -89,10 +89,9 @@ def test_one_sublayer_gives_the_familys_logits(tmp_path, case):
     """Uncached, left-padded, cached and generated, over three windows' length."""
     model_type, changes = CASES[case]
     dense = make_family(tmp_path / "dense", model_type, changes)
-    done = convert_checkpoint(
+    convert_checkpoint(
         tmp_path / "dense", tmp_path / "out", num_expert_sublayers=1, num_experts_per_sublayer=8, progress=False
     )
-    assert max(done.relative_ffn_difference) < 1e-6
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     ids = torch.randint(0, 256, (2, 50), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
@@ -144,7 +143,6 @@ def test_every_family_is_cut_and_grown(tmp_path, model_type, options):
     if done.exact:
         close(found, dense(ids).logits)
     else:
-        assert 0.001 < max(done.relative_ffn_difference) < 2
         assert (found - dense(ids).logits).abs().max() > 1e-3
 
 

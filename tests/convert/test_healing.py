@@ -14,15 +14,10 @@ from conftest import make_dense
 from finedeep import FinedeepForCausalLM
 from finedeep.convert import ConversionError, convert_checkpoint
 from finedeep.convert.calibrate.text import sampled_windows
+from finedeep.convert.heal import HealingOptions
 from finedeep.convert.heal.data import ANOTHER_SEED, healing_windows
-from finedeep.convert.heal.run import (
-    HEALING,
-    HIDDEN_STATES,
-    HealingOptions,
-    HealingTrainer,
-    heal,
-    hidden_state_distance,
-)
+from finedeep.convert.heal.run import HEALING, HIDDEN_STATES, heal
+from finedeep.convert.heal.trainer import HealingTrainer, hidden_state_distance
 from finedeep.convert.receipt import RECEIPT
 from finedeep.modeling_finedeep import FinedeepDecoderLayer
 from finedeep_cli import heal_command, main
@@ -153,7 +148,6 @@ def test_healing_brings_the_model_nearer(tmp_path, dense, cut, capsys):
 
 
 def test_help_agrees_with_the_options():
-    """The command repeats what `HealingOptions` says, as --help must not import torch."""
     parser = argparse.ArgumentParser()
     heal_command.add_arguments(parser)
     given = vars(parser.parse_args(["model", "destination"]))

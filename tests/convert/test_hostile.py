@@ -26,10 +26,10 @@ from safetensors.torch import load_file, save_file
 from test_convert import fingerprint
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-# Each example converts a whole, if tiny, model; a conversion that takes ten seconds counts as a hang.
+# Each example converts a whole, if tiny, model; two minutes count as a hang, however busy the machine is.
 PROPERTY = settings(
     max_examples=int(os.environ.get("FINEDEEP_HOSTILE_EXAMPLES", "60")),
-    deadline=10_000,
+    deadline=120_000,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
@@ -344,7 +344,7 @@ TOKENS = st.sampled_from(["<s>", "[X]", "H", "", LONG, {"content": "[X]"}, {"__t
 IDS = st.integers(-2, 300) | st.sampled_from([2**31, 2**63, "1", [1, 2], [], None])
 
 
-@settings(PROPERTY, max_examples=max(PROPERTY.max_examples // 6, 1), deadline=60_000)  # AutoTokenizer takes its time
+@settings(PROPERTY, max_examples=max(PROPERTY.max_examples // 6, 1))
 @given(
     fields=st.dictionaries(
         st.sampled_from(TOKENIZER_FIELDS), JSON | TOKENS | st.sampled_from(TOKENIZER_CLASSES), max_size=3

@@ -313,26 +313,26 @@ def test_answers_stay_for_other_runs(tmp_path, capsys, dense, cut, converted, qu
     assert asked["LlamaForCausalLM"] == 2 * once["LlamaForCausalLM"]
 
 
-def put(shelf, number):
-    kept = KeptAnswers(shelf.parent / f"work-{number}", ["task"], None, shelf)
+def put(answer_cache, number):
+    kept = KeptAnswers(answer_cache.parent / f"work-{number}", ["task"], None, answer_cache)
     for i in range(30):
-        kept._put_on_shelf("task", {("task", i, number, "hash"): [(-1.0, True)]})
+        kept._put_into_cache("task", {("task", i, number, "hash"): [(-1.0, True)]})
 
 
-def test_several_runs_put_answers_on_a_shelf_at_once(tmp_path):
-    runs = [FORKS.Process(target=put, args=(tmp_path / "shelf", number)) for number in range(3)]
+def test_several_runs_put_answers_into_a_cache_at_once(tmp_path):
+    runs = [FORKS.Process(target=put, args=(tmp_path / "answer_cache", number)) for number in range(3)]
     for run in runs:
         run.start()
     for run in runs:
         run.join()
         assert run.exitcode == 0
-    found = KeptAnswers(tmp_path / "work", ["task"], None, tmp_path / "shelf").answers("task")
+    found = KeptAnswers(tmp_path / "work", ["task"], None, tmp_path / "answer_cache").answers("task")
     assert found == {("task", i, number, "hash"): [(-1.0, True)] for i in range(30) for number in range(3)}
-    (tmp_path / "shelf/task.json").write_text('[["half')
-    assert KeptAnswers(tmp_path / "work", ["task"], None, tmp_path / "shelf").answers("task") == {}
+    (tmp_path / "answer_cache/task.json").write_text('[["half')
+    assert KeptAnswers(tmp_path / "work", ["task"], None, tmp_path / "answer_cache").answers("task") == {}
 
 
-def test_more_answers_than_there_are_on_the_shelf(sampling, dense, asked):
+def test_more_answers_than_there_are_in_the_cache(sampling, dense, asked):
     """A question that is asked twice has two answers, not the same one twice."""
     path = sampling / "a.yaml"
     definition = yaml.safe_load(path.read_text())
@@ -353,7 +353,7 @@ def test_an_adapter_that_changes_has_other_answers(tmp_path, dense):
     assert before != identity_of(dense, {"peft": str(tmp_path)})
 
 
-def test_a_shelf_that_cannot_be_made(tmp_path, capsys, dense, questions):
+def test_a_cache_that_cannot_be_made(tmp_path, capsys, dense, questions):
     (tmp_path / "answers").touch()
     assert command(dense, "--local", questions, "--answers", tmp_path / "answers") == 2
     said = capsys.readouterr().err

@@ -211,17 +211,14 @@ def test_every_run_has_a_name_of_its_own(whole_grid):
 
 def test_the_page_is_that_of_the_committed_logs(monkeypatch, tmp_path):
     """All tables and figures, byte for byte."""
-    page, readme = tmp_path / "RESULTS.md", tmp_path / "README.md"
+    page = tmp_path / "RESULTS.md"
     drawn = {"CURVES": tmp_path / "curves.svg", "HISTOGRAMS": tmp_path / "activations.svg"}
     page.write_text(results.PAGE.read_text())
-    readme.write_text(results.README.read_text())
     monkeypatch.setattr(results, "PAGE", page)
-    monkeypatch.setattr(results, "README", readme)
     for name, path in drawn.items():
         monkeypatch.setattr(results, name, path)
     results.main()
     assert page.read_text() == (EXAMPLES / "RESULTS.md").read_text()
-    assert readme.read_text() == (ROOT / "README.md").read_text()
     for path in drawn.values():
         assert path.read_bytes() == (EXAMPLES / path.name).read_bytes()
 

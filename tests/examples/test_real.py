@@ -62,7 +62,7 @@ def test_a_run_measures_writes_the_page_and_does_nothing_twice(tmp_path, dense, 
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/dense").symlink_to(dense)
     page = tmp_path / "REAL.md"
-    page.write_text((ROOT / "examples/REAL.md").read_text())
+    page.write_text((ROOT / "docs/real.md").read_text())
     command = ["run.py", str(tmp_path / "cache"), "--text", f"words={text}", "--windows", "2"]
     command += ["--results", str(tmp_path / "results"), "--page", str(page), "--models", "M=1 K=8", "M=2 K=8, cut"]
     monkeypatch.setattr(sys, "argv", command)

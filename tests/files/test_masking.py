@@ -5,7 +5,8 @@ import json
 import pytest
 from conftest import make_dense
 from finedeep.convert import convert_checkpoint
-from finedeep.convert.heal.run import HEALING, HealingTrainer, heal
+from finedeep.convert.heal.run import HEALING, heal
+from finedeep.convert.heal.trainer import HealingTrainer
 from finedeep.convert.receipt import RECEIPT
 from finedeep.eval import evaluation
 from finedeep_cli import main

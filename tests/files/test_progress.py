@@ -5,7 +5,7 @@ import re
 import pytest
 from finedeep.convert import convert_checkpoint
 from finedeep.convert.calibrate.text import sampled_windows
-from finedeep.convert.heal.run import heal
+from finedeep.convert.heal import heal
 from finedeep_files.progress import Progress, in_words
 from transformers import LlamaForCausalLM
 

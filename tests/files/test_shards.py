@@ -6,7 +6,8 @@ import struct
 import pytest
 import torch
 from finedeep.convert import ConversionError
-from finedeep_files.shards import Entry, FolderWriter, ShardWriter, parse_size, plan_shards, size, write_index
+from finedeep_files.shards import Entry, FolderWriter, ShardWriter, plan_shards, write_index
+from finedeep_files.sizes import parse_size, size
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
