@@ -3,9 +3,36 @@
 Each function is the identity where there is one process, and is called by all of them where there are several.
 """
 
+from datetime import timedelta
+from typing import Any
+
 import torch
-from finedeep_files.processes import are_several
+from finedeep_files.processes import are_several, local_process_number, number_of_processes, process_number
 from torch import distributed
+
+
+def from_first(value: Any) -> Any:
+    """What the first process has, in all of them: each waits for it."""
+    if not are_several():
+        return value
+    if not distributed.is_initialized():
+        accelerated = torch.accelerator.is_available()
+        if accelerated:
+            torch.accelerator.set_device_index(local_process_number())
+        # Others wait while the first one reads a text.
+        distributed.init_process_group("nccl" if accelerated else "gloo", timeout=timedelta(hours=6))
+    values = [value]
+    distributed.broadcast_object_list(values)
+    return values[0]
+
+
+def from_all(value: Any) -> list[Any]:
+    """What each process has, in all of them."""
+    if not are_several():
+        return [value]
+    values = [None] * number_of_processes()
+    distributed.all_gather_object(values, value)
+    return values
 
 
 class Share:
@@ -13,8 +40,7 @@ class Share:
 
     def __init__(self, windows: torch.Tensor, held: int):
         """Args: windows (windows, seq) token ids, all of them, the first `held` of which are held out."""
-        process, processes = (distributed.get_rank(), distributed.get_world_size()) if are_several() else (0, 1)
-        numbers = torch.arange(process, len(windows), processes)
+        numbers = torch.arange(process_number(), len(windows), number_of_processes())
         seq = windows.shape[1]
         self.windows = windows[numbers]
         self.held = int((numbers < held).sum()) * seq  # tokens of this process's that are held out
@@ -43,11 +69,7 @@ def total(tensor: torch.Tensor) -> torch.Tensor:
 
 def median(values: torch.Tensor) -> float:
     """The median over all processes' values (tokens,)."""
-    if are_several():
-        parts: list[torch.Tensor] = [torch.empty(0)] * distributed.get_world_size()
-        distributed.all_gather_object(parts, values.cpu())
-        values = torch.cat(parts)
-    return values.median().item()
+    return torch.cat(from_all(values.cpu())).median().item()
 
 
 def everywhere(true: bool, device: torch.device) -> bool:

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from ..tokenization import tokenizer_of
+from .sharing import from_all
 
 HELD_OUT = 1 / 16  # of the windows
 WINDOW = 512  # tokens, or as many as the model has positions for
@@ -135,10 +136,8 @@ def sampled_by_all(
     """As `sampled_windows`; where there are several processes, each samples its share and gets the whole."""
     if not are_several():
         return sampled_windows(model, tokens, seed, progress, length)
-    from accelerate.utils import gather_object
-
     mine = sampled_batches(model, tokens, seed, progress, length, process_number(), number_of_processes())
-    turns = zip_longest(*gather_object([mine]))
+    turns = zip_longest(*from_all(mine))
     return torch.cat([batch for turn in turns for batch in turn if batch is not None])
 
 
