@@ -4,6 +4,7 @@
 # make test-newest   the same with the newest of every dependency; before every release (a quarter of an hour)
 # make test-programs   TRL, llm-compressor, ONNX and other programs around a model (a quarter of an hour)
 # make bench   speed and memory beside dense Llama, into benchmarks/ (most of an hour; leave the machine alone)
+# make real TEXTS="NAME=FILE ..."   convert and measure SmolLM2-135M (an hour or more; resumable; see docs/real.md)
 # make gpu-grid TRAIN=BOOKS.txt.xz AUTHOR=OTHER.txt   ten minutes of training on a GPU, with PYTHON as it is
 # make docs    the documents as a site, into docs/_build/html
 # The others make their own .venv with pinned versions first. PYTHON chooses the interpreter, 3.11 or newer.
@@ -15,10 +16,10 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-gpu test-slow test-browser test-official test-matrix test-newest test-programs bench docs \
-	gpu-grid lint format clean
+	real gpu-grid lint format clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -9
+	@sed -n 's/^# //p' Makefile | head -10
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@echo 'Installing into $(VENV), once; this takes a few minutes ...'
@@ -61,6 +62,13 @@ test-programs: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m finedeep.benchmarks --output benchmarks --document docs/performance.md
+
+TEXTS ?=
+QUESTIONS ?=
+REAL_OPTIONS ?=
+real: $(INSTALLED)
+	$(BIN)/python examples/real/run.py .real $(foreach text,$(TEXTS),--text $(text)) \
+		$(if $(QUESTIONS),--questions $(QUESTIONS)) $(REAL_OPTIONS)
 
 DEADLINE ?= 600
 OUT ?= gpu-grid.jsonl

@@ -10,8 +10,8 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..convert import Options
 from ..convert.heal import HealingOptions
+from ..convert.plan import LEAST_TOKENS
 from ..eval.inspect.plots import COLOURS, STYLE
 
 MARKERS = {"closed form": "^", "layer by layer": "o", "healed": "s", "healed longer": "D"}
@@ -23,7 +23,7 @@ def tokens_of(line: dict[str, Any]) -> int:
     if " heal " in line["command"]:
         sizes = (given.get(name, getattr(HealingOptions, name)) for name in ("steps", "batch_size", "context"))
         return math.prod(sizes)
-    return given.get("calibration_tokens", Options.calibration_tokens)
+    return given.get("calibration_tokens", LEAST_TOKENS)
 
 
 def left_of(line: dict[str, Any]) -> float:

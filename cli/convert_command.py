@@ -14,6 +14,7 @@ examples:
   finedeep convert ./llama ./llama-two --sublayers 2 --calibrate self     no text at hand
   finedeep convert ./llama ./llama-two --sublayers 2 --calibrate text.txt --resume     continues a stopped run
   finedeep convert ORG/NAME ./finedeep --experts 16                       from the Hub
+  accelerate launch -m finedeep_cli convert ./llama ./llama-two --sublayers 2 --calibrate self     shared out
   finedeep convert ORG/NAME ./finedeep --dry-run                          show the plan, write nothing
 """
 
@@ -85,7 +86,7 @@ def run(arguments: argparse.Namespace) -> Any:
         print(plan.text())
         return {"plan": plan.text()}
     done = convert_checkpoint(source, destination, **where, progress=not quiet, **given)
-    if not quiet:
+    if not quiet and done is not None:  # else another process says it
         _tell(done, plain_cut, calibrate=arguments.calibrate)
     return done
 
@@ -99,7 +100,7 @@ def _tell(done: "Conversion", plain_cut: bool, calibrate: str | None) -> None:
     print(f"  {done.finedeep_parameters:,} parameters (dense: {done.dense_parameters:,}, {growth:+.2%})")
     if done.calibration:
         cut, calibrated = (max(getattr(layer, stage) for layer in done.calibration) for stage in ("cut", "calibrated"))
-        print(f"  layers' relative errors on held-out text: up to {cut:.2f} as cut, {calibrated:.2f} calibrated")
+        print(f"  errors relative to the stream, on held-out text: up to {cut:.2f} as cut, {calibrated:.2f} calibrated")
     if done.exact:
         print("  exact: the logits equal the dense model's")
         if calibrate:

@@ -15,6 +15,7 @@ from finedeep_files.errors import ConversionError
 from finedeep_files.hashing import sha256
 from finedeep_files.json_files import read_json, write_json
 from finedeep_files.options import SELF, takes_options
+from finedeep_files.processes import is_first_process
 from finedeep_files.shards import INDEX, FolderWriter, write_index
 from finedeep_files.versions import versions
 from finedeep_files.working_folder import Contents, WorkingFolder
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from .assignment import FORMULAS, assign
 from .calibrate.run import LAYER, WINDOWS, Calibration, LayerErrors, best_device
+from .calibrate.sharing import from_first
 from .code_files import CODE_FILES, copy_code
 from .cut import made
 from .plan import Plan, make_plan, same_plan
@@ -58,13 +60,14 @@ def convert_checkpoint(
     overwrite: bool = False,
     progress: bool = True,
     **options: Any,
-) -> Conversion:
+) -> Conversion | None:
     """Cut every FFN of a dense checkpoint into M sub-layers of K experts, with the weights unchanged.
 
     Gates start at exactly 1. With M = 1, and in grow mode, the logits equal the dense model's to rounding; otherwise
     they do not, because the second sub-layer reads a residual stream that the first has already changed.
 
-    Weights go from file to file one tensor at a time. The folder appears at `destination` when it is complete.
+    Weights go from file to file one tensor at a time. The folder appears at `destination` when it is complete. With
+    `accelerate launch` or torchrun each process calls this; they share calibration out, and the first one writes.
 
     Args:
         source: a local folder with a safetensors checkpoint (one file or shards), or a Hub id.
@@ -79,15 +82,21 @@ def convert_checkpoint(
             `max_shard_size`.
 
     Returns:
-        What was done, with the folder.
+        What was done, with the folder; None in all processes but the first.
 
     Raises:
         ConversionError: the source cannot be converted as asked, or the destination is not empty. Nothing is changed
             there; what is finished stays in the hidden folder beside it.
     """
     work = WorkingFolder(Path(destination), ConversionError, resume, overwrite)
-    work.check()
+    if is_first_process():
+        work.check()
     plan = plan_conversion(source, revision=revision, **options)
+    if not is_first_process():
+        if plan.options.calibrates:
+            from_first(None)  # the first has made its folder
+            Calibration(plan, work.path, progress=False).run()
+        return None
     if plan.much_padding:
         warnings.warn(plan.much_padding, stacklevel=2)
     work.check_room(plan.nbytes + _kept_bytes(plan) + SMALL_FILES)
@@ -98,6 +107,7 @@ def convert_checkpoint(
         hashes = {file.name: background.submit(sha256, file) for file in plan.dense.files}
         calibration = Calibration(plan, work.path, progress) if plan.options.calibrates else None
         if calibration is not None:
+            from_first(None)
             calibration.run()
         neurons = _neurons_of(plan, calibration, folder, progress)
         with _one_thread():

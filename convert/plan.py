@@ -26,6 +26,9 @@ from .validation import check_layers, check_numbers, check_options, check_tensor
 
 Measure = Callable[[], torch.Tensor]
 MUCH_PADDING = 0.1  # of the FFN's width
+# Calibration's size where none is given. From fewer tokens least squares learns by heart, sub-layers being that wide;
+# more steps brought nothing beyond the spread over seeds (convert/README.md).
+LEAST_TOKENS, TOKENS_PER_NEURON, STEPS = 65_536, 64, 100
 CAST = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Fields of a dense config that belong to the folder it came from or to its classes, not to the model.
 NOT_INHERITED = {
@@ -188,6 +191,7 @@ def make_plan(dense: DenseCheckpoint, options: Options) -> Plan:
     check_options(options)
     family_name, dense_config, shapes = _read_config(dense)
     family = FAMILIES[family_name]
+    options = with_calibration_size(options, dense_config)
     check_tensors(dense, dense_config, shapes)
     try:
         config = finedeep_config(dense_config, family, options)
@@ -218,6 +222,19 @@ def finedeep_config(dense: PretrainedConfig, family: Family, options: Options) -
         num_experts_per_sublayer=options.num_experts_per_sublayer,
         routing_input=options.routing_input,
         routing_function=options.routing_function,
+    )
+
+
+def with_calibration_size(options: Options, dense: PretrainedConfig) -> Options:
+    """The options, with tokens and steps of a calibration by the model's size where none are given."""
+    if not options.calibrates:
+        return options
+    channels = max(dense.hidden_size, dense.intermediate_size // options.num_expert_sublayers)
+    tokens, steps = options.calibration_tokens, options.calibration_steps
+    return dataclasses.replace(
+        options,
+        calibration_tokens=max(LEAST_TOKENS, TOKENS_PER_NEURON * channels) if tokens is None else tokens,
+        calibration_steps=STEPS if steps is None else steps,
     )
 
 

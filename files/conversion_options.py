@@ -45,12 +45,15 @@ class Options:
         "nothing to fit where the conversion is exact",
         metavar="TEXT",
     )
-    calibration_tokens: int = option(
-        262_144, "of the text; a sixteenth is held out (default: %(default)s)", metavar="N", least=1
+    calibration_tokens: int | None = option(
+        None,
+        "of the text; a sixteenth is held out (default: by the model's size, at least 65,536)",
+        metavar="N",
+        least=1,
     )
-    calibration_steps: int = option(
-        400,
-        "of 4,096 tokens, for each layer; 0: closed-form corrections only (default: %(default)s)",
+    calibration_steps: int | None = option(
+        None,
+        "of 4,096 tokens, for each layer; 0: closed-form corrections only (default: 100)",
         metavar="N",
         least=0,
     )

@@ -15,6 +15,11 @@ def process_number() -> int:
     return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
 
 
+def local_process_number() -> int:
+    """This process among those of its machine, which is the number of its device; 0 where there is one."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def is_first_process() -> bool:
     """Whether this is the process that writes and speaks."""
     return process_number() == 0
@@ -22,7 +27,12 @@ def is_first_process() -> bool:
 
 def are_several() -> bool:
     """Whether there are others."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return number_of_processes() > 1
+
+
+def number_of_processes() -> int:
+    """How many there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_needed() -> bool:

@@ -119,3 +119,12 @@ def converted(dense, tmp_path_factory):
     folder = tmp_path_factory.mktemp("converted") / "exact"
     convert_checkpoint(dense, folder, num_expert_sublayers=1, num_experts_per_sublayer=8, progress=False)
     return folder
+
+
+def copy_first_layers(source, folder, layers):
+    """A Llama checkpoint's first layers, its embeddings and its tokenizer, as a checkpoint of its own."""
+    config = LlamaConfig.from_pretrained(source, num_hidden_layers=layers)
+    model = LlamaForCausalLM.from_pretrained(source, config=config)  # which warns of the layers that it leaves out
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder

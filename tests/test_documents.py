@@ -28,6 +28,7 @@ ELSEWHERE = {
     ("quantise.md", "python"): "tests/programs/test_llm_compressor.py",
     ("performance.md", "bash"): "tests/benchmarks",
     ("push.md", "bash"): "refresh: tests/convert/test_refresh.py",
+    ("real.md", "bash"): "tests/examples/test_real.py",
     ("serving.md", "bash"): "make test-vllm",
     ("serving.md", "python"): "make test-vllm",
 }

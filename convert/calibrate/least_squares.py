@@ -2,6 +2,8 @@
 
 import torch
 
+from .sharing import total
+
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # in units of the mean diagonal of the Gram matrix
 
 
@@ -19,6 +21,11 @@ class LeastSquares:
         self.xx = self.xx + x.T @ x
         self.yx = self.yx + y.T @ x
         self.yy = self.yy + y.pow(2).sum(0)
+
+    def summed(self) -> "LeastSquares":
+        """This, with the sums of all processes."""
+        self.xx, self.yx, self.yy = map(total, (self.xx, self.yx, self.yy))
+        return self
 
     def solve(self, ridge: float) -> torch.Tensor:
         """X = yx (xx + ridge * mean diagonal of xx)^-1, which is 0 for inputs that were always 0."""

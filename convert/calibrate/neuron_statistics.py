@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from ...modeling_finedeep import FinedeepSublayer
 from ..source import load_dense
 from .least_squares import LeastSquares
+from .sharing import total
 from .text import read_tokens, window_of
 
 MAX_TOKENS = 32_768
@@ -61,19 +62,25 @@ def activations(ffn: FinedeepSublayer, u: torch.Tensor) -> tuple[torch.Tensor, t
 
 def activity_on(ffn: FinedeepSublayer, u: torch.Tensor) -> torch.Tensor:
     """The mean |activation| of each neuron, (width,), on a stream u (tokens, hidden)."""
-    total = sum(activations(ffn, part)[1].abs().sum(0) for part in _parts(ffn, u))
-    return (total / min(len(u), MAX_TOKENS)).cpu()
+    summed = total(sum(activations(ffn, part)[1].abs().sum(0) for part in _parts(ffn, u)))
+    return (summed / total(torch.tensor(float(min(len(u), MAX_TOKENS)), device=summed.device))).cpu()
 
 
-def nonlinearity_on(ffn: FinedeepSublayer, u: torch.Tensor) -> torch.Tensor:
-    """How much of what each neuron puts out no linear map of its input can, (width,), on a stream u (tokens, hidden).
+def nonlinearity_on(ffn: FinedeepSublayer, u: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """How much of what each neuron puts out no linear map of its input can, (width,).
 
-    ||W_down[:, i]||^2 * sum over tokens of (a_i - <b_i, n>)^2, with b_i fitted by least squares.
+    ||W_down[:, i]||^2 * sum over tokens of w^2 (a_i - <b_i, n>)^2, with b_i fitted by least squares.
+
+    Args:
+        ffn: the dense FFN.
+        u: (tokens, hidden), the stream before it.
+        weight: (tokens, 1), each token's w.
     """
     squares = LeastSquares()
-    for part in _parts(ffn, u):
-        squares.add(*activations(ffn, part))
-    return (squares.residuals(1e-6).float() * ffn.down_proj.weight.pow(2).sum(0)).cpu()
+    for part, w in zip(_parts(ffn, u), _parts(ffn, weight), strict=True):
+        n, a = activations(ffn, part)
+        squares.add(w * n, w * a)
+    return (squares.summed().residuals(1e-6).float() * ffn.down_proj.weight.pow(2).sum(0)).cpu()
 
 
 def _parts(ffn: FinedeepSublayer, u: torch.Tensor) -> map:

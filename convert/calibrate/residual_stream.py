@@ -16,6 +16,7 @@ from ...configuration_finedeep import PER_LAYER, FinedeepConfig
 from ...modeling_finedeep import FinedeepModel, FinedeepSublayer, LlamaRotaryEmbedding
 from ..cut import layer_tensors
 from ..plan import Plan, make_plan
+from .sharing import everywhere, median
 
 CHUNK = 8192  # tokens that are worked on at a time
 
@@ -48,7 +49,8 @@ class Stream:
 
     def check(self, where: str) -> None:
         """Raise `ConversionError` where the dense model's activations are NaN or infinite."""
-        if not torch.isfinite(torch.stack(self.dense.aminmax())).all():
+        finite = not self.dense.numel() or bool(torch.isfinite(torch.stack(self.dense.aminmax())).all())
+        if not everywhere(finite, self.device):
             raise ConversionError(
                 f"{where} the dense model's activations are NaN or infinite; finite ones are wanted. The checkpoint is "
                 "damaged, or config.json is not its own."
@@ -96,3 +98,14 @@ def over_chunks(function: Callable[[torch.Tensor], torch.Tensor], h: torch.Tenso
     """Put function(h) in h's place, some rows of h (batch, seq, hidden) at a time."""
     for part in h.split(max(1, CHUNK // h.shape[1])):
         part.copy_(function(part.to(device)))
+
+
+def usual_length(wanted: torch.Tensor) -> float:
+    """The median token's |h*|. Args: wanted (tokens, hidden), h*."""
+    return median(torch.linalg.vector_norm(wanted, dim=-1))
+
+
+def token_weights(wanted: torch.Tensor) -> torch.Tensor:
+    """L / max(|h*|, L) of each token, (tokens, 1), with L the usual |h*|. Args: wanted (tokens, hidden), h*."""
+    usual = usual_length(wanted)
+    return usual / torch.linalg.vector_norm(wanted, dim=-1, keepdim=True).clamp(min=usual)

@@ -17,6 +17,7 @@ import torch
 from finedeep_files.errors import ConversionError
 from finedeep_files.hashing import sha256
 from finedeep_files.options import SELF
+from finedeep_files.processes import are_several, is_first_process, local_process_number
 from finedeep_files.progress import in_words, say, seconds_for
 from finedeep_files.shards import save_whole
 from safetensors import safe_open
@@ -29,10 +30,11 @@ from ..cut import cast, layer_tensors, padding_rows
 from ..plan import Plan
 from ..source import load_dense
 from .closed_form import correct
-from .gradient import BATCH, Objective, error_of, fit, logit_divergence, stream_error
-from .neuron_statistics import activity_on, nonlinearity_on
-from .residual_stream import Stream, over_chunks, sublayers_from, through
-from .text import held_out, sampled_windows, text_windows
+from .gradient import BATCH, Objective, error_of, fit, logit_divergence, median_error, stream_error
+from .neuron_statistics import MAX_TOKENS, activity_on, nonlinearity_on
+from .residual_stream import Stream, over_chunks, sublayers_from, through, token_weights, usual_length
+from .sharing import Share, everywhere, from_first
+from .text import held_out, sampled_by_all, text_windows
 
 WINDOWS = "calibration-windows.safetensors"
 LAYER = "calibrated-{}.safetensors"
@@ -44,8 +46,8 @@ TOKENS_PER_CHANNEL = 4  # at least: least squares would learn fewer by heart
 class LayerErrors:
     """How far a converted layer is from the dense one, on held-out tokens, at each stage.
 
-    ||h - h*|| / ||h* - u*||, with h the stream after the layer, u the stream before its FFN and * for the dense model.
-    What earlier layers have got wrong is in it.
+    The median over tokens of |h - h*| / |h*|, with h the stream after the layer and * for the dense model. What earlier
+    layers have got wrong is in it.
     """
 
     cut: float
@@ -67,7 +69,9 @@ class Calibration:
         Raises:
             ConversionError: the text is too short, or the model's activations are not finite.
         """
-        finished = all((self.folder / LAYER.format(i)).exists() for i in range(self.plan.config.num_hidden_layers))
+        finished = from_first(
+            all((self.folder / LAYER.format(i)).exists() for i in range(self.plan.config.num_hidden_layers))
+        )
         if self.progress and not finished:
             self._announce()
         windows = self._windows()
@@ -75,25 +79,34 @@ class Calibration:
         if finished:
             return
         layers, steps = self.plan.config.num_hidden_layers, self.plan.options.calibration_steps
-        stream = Stream(self.plan, windows, self.device)
+        self.share = Share(windows, held)
+        stream = Stream(self.plan, self.share.windows, self.device)
         self.begin, self.first = time.perf_counter(), None
         bar = tqdm(total=layers * steps, desc="Calibrating", unit="step", disable=None if self.progress else True)
         with bar:
             for i in range(layers):
-                self._layer(stream, i, held * windows.shape[1], bar)
+                self._layer(stream, i, bar)
                 bar.update((i + 1) * steps - bar.n)
 
     def _announce(self) -> None:
         """Say what there is to do, and how long that may take."""
-        o, layers = self.plan.options, self.plan.config.num_hidden_layers
-        ffn = 3 * self.plan.config.hidden_size * self.plan.config.intermediate_size
-        fitted = 6 * layers * ffn * o.calibration_steps * BATCH
-        passes = 2 * self.plan.dense_parameters * o.calibration_tokens * (3 if o.calibrate == SELF else 2)
+        o = self.plan.options
         text = "sampled from the dense model" if o.calibrate == SELF else f"of {Path(o.calibrate).name}"
         say(
-            f"Calibrating on {o.calibration_tokens:,} tokens {text}: {layers} layers, {o.calibration_steps} steps "
-            f"each; at least {in_words(seconds_for(fitted + passes, self.device))}"
+            f"Calibrating on {o.calibration_tokens:,} tokens {text}: {self.plan.config.num_hidden_layers} layers, "
+            f"{o.calibration_steps} steps each; at least {in_words(seconds_for(self._flops(), self.device))}"
         )
+
+    def _flops(self) -> float:
+        """Floating-point operations of the whole, those in float64 counted twice."""
+        o, c = self.plan.options, self.plan.config
+        d, width, layers, tokens = c.hidden_size, c.intermediate_size, c.num_hidden_layers, o.calibration_tokens
+        passes = 2 * self.plan.dense_parameters * tokens * (3 if o.calibrate == SELF else 2)
+        sublayer = width / c.num_expert_sublayers
+        squares = d * d + d * width + c.num_expert_sublayers * (2 * d * d + sublayer * (sublayer + d))
+        learnt = o.calibration_steps * BATCH
+        fitted = 18 * d * width * layers + 6 * d * c.vocab_size  # of the last layer's, the head is a part
+        return passes + 4 * layers * tokens * squares + learnt * fitted
 
     def tensors(self, i: int) -> dict[str, torch.Tensor]:
         """A calibrated layer's sub-layers, by their names in the checkpoint."""
@@ -117,7 +130,7 @@ class Calibration:
 
     def record(self) -> dict[str, Any]:
         """For the receipt: on what, and how near each layer came."""
-        windows = self._windows()
+        windows = load_file(self.folder / WINDOWS)["windows"]
         with safe_open(self.folder / WINDOWS, framework="pt") as file:
             text = dict(sorted((file.metadata() or {}).items()))
         return {
@@ -134,19 +147,21 @@ class Calibration:
     def _windows(self) -> torch.Tensor:
         """(windows, seq) token ids; the first are held out."""
         path, o = self.folder / WINDOWS, self.plan.options
-        if not path.exists():
+        if from_first(not path.exists()):
             if o.calibrate == SELF:
                 model = load_dense(self.plan.dense.folder, self.plan.dense_config).to(self.device)
                 if self.device.type == "cpu":
                     model.float()  # half precision is slow there
-                found = sampled_windows(model, o.calibration_tokens, o.seed, self.progress)
+                found = sampled_by_all(model, o.calibration_tokens, o.seed, self.progress)
             else:
                 found = text_windows(self.plan.dense.folder, Path(o.calibrate), self.plan.config, o.calibration_tokens)
                 found = found[torch.randperm(len(found), generator=torch.Generator().manual_seed(o.seed))]
             self._check_enough(found)
             # Of the text as it was read: it may be another by the time that this is done.
             text = {} if o.calibrate == SELF else {"name": Path(o.calibrate).name, "sha256": sha256(Path(o.calibrate))}
-            save_whole({"windows": found.contiguous()}, path, text)
+            if is_first_process():
+                save_whole({"windows": found.contiguous()}, path, text)
+            from_first(None)  # it is saved
         return load_file(path)["windows"]
 
     def _check_enough(self, windows: torch.Tensor) -> None:
@@ -158,36 +173,41 @@ class Calibration:
                 f"sample a text from the dense model ('{SELF}')."
             )
 
-    def _layer(self, stream: Stream, i: int, held: int, bar: tqdm) -> None:
+    def _layer(self, stream: Stream, i: int, bar: tqdm) -> None:
         """Take the streams past a layer, having calibrated it where that was not done."""
         plan, path = self.plan, self.folder / LAYER.format(i)
         ffn = stream.attend(i)
         before = stream.dense.clone()
         over_chunks(partial(through, [ffn], r=self.r), stream.dense, self.device)
         stream.check(f"after layer {i}")
-        if not path.exists():
+        if from_first(not path.exists()):
             u, dense_u, wanted = (h.flatten(0, 1) for h in (stream.finedeep, before, stream.dense))
-            layer = plan.layer(i, partial(activity_on, ffn, dense_u), partial(nonlinearity_on, ffn, dense_u))
-            neurons = assign(plan.options.assignment, layer)
+            some = self.share.of_the_first(MAX_TOKENS)
+            activity = partial(activity_on, ffn, dense_u[:some])
+            nonlinearity = partial(nonlinearity_on, ffn, dense_u[:some], token_weights(wanted)[:some])
+            layer = plan.layer(i, activity, nonlinearity)
+            neurons = from_first(assign(plan.options.assignment, layer))
             tensors = {name: t for name, t in layer_tensors(plan, i, neurons).items() if ".sublayers." in name}
             padding = {name: tensors[name][rows] for name, rows in padding_rows(tensors, neurons).items()}
             for name, rows in padding_rows(tensors, neurons).items():
                 tensors[name][rows] = 0  # or a fit would share a neuron's work out to its copies
             cut = sublayers_from(plan.config, tensors, i, self.device)
-            sublayers, errors = self._best_stage(cut, u, dense_u, wanted, i, held, bar)
+            sublayers, errors = self._best_stage(cut, u, dense_u, wanted, i, bar)
             for name, tensor in sublayers.state_dict().items():
                 name = f"model.layers.{i}.sublayers.{name}"
                 tensors[name] = cast(name, tensor.cpu(), tensors[name].dtype)
             for name, rows in padding_rows(tensors, neurons).items():
                 tensors[name][rows] = padding[name]
             known = {"errors": json.dumps(asdict(errors)), "threads": str(torch.get_num_threads())}
-            save_whole({NEURONS: neurons, **tensors}, path, known)
+            if is_first_process():
+                save_whole({NEURONS: neurons, **tensors}, path, known)
+            from_first(None)  # it is saved
             if self.progress:
                 stages = ", ".join(f"{stage.replace('_', ' ')} {error:.3f}" for stage, error in asdict(errors).items())
                 self.first = i if self.first is None else self.first
                 done, rest = i + 1 - self.first, plan.config.num_hidden_layers - i - 1
                 left = in_words((time.perf_counter() - self.begin) / done * rest)
-                say(f"layer {i}: relative error {stages}; {left} left")
+                say(f"layer {i}: error relative to the stream, median token: {stages}; {left} left")
         sublayers = sublayers_from(plan.config, self.tensors(i), i, self.device)  # rounded as they will be written
         over_chunks(partial(through, sublayers, r=self.r), stream.finedeep, self.device)
 
@@ -198,28 +218,31 @@ class Calibration:
         dense_u: torch.Tensor,
         wanted: torch.Tensor,
         i: int,
-        held: int,
         bar: tqdm,
     ) -> tuple[nn.ModuleList, LayerErrors]:
         """The best stage, and the error of each. Args: u, dense_u and wanted (tokens, hidden), the streams."""
-        scale = (wanted - dense_u)[:held].pow(2).mean().item()
-        if scale == 0:  # an FFN that does nothing
-            return cut, LayerErrors(0.0, 0.0, 0.0)
-        relative = stream_error(scale)
-        objective = self._divergence if i == self.plan.config.num_hidden_layers - 1 else relative
+        held = self.share.held
+        if everywhere(torch.equal(wanted, dense_u), self.device):  # an FFN that does nothing
+            return cut, LayerErrors(*[median_error(cut, u[:held], wanted[:held], self.r)] * 3)
+        objective = (
+            self._divergence if i == self.plan.config.num_hidden_layers - 1 else stream_error(usual_length(wanted))
+        )
 
-        def error(sublayers: nn.ModuleList, objective: Objective = objective) -> float:
+        def error(sublayers: nn.ModuleList) -> float:
             return error_of(sublayers, u[:held], wanted[:held], self.r, objective)
 
         corrected = copy.deepcopy(cut)
-        correct(corrected, u, dense_u, self.r, held)
+        correct(corrected, u, dense_u, wanted, self.r, held)
         calibrated = copy.deepcopy(min((cut, corrected), key=error))
         if steps := self.plan.options.calibration_steps:
             generator = torch.Generator().manual_seed(self.plan.options.seed)
-            for lowest in fit(calibrated, u, wanted, self.r, objective, held=held, steps=steps, generator=generator):
+            for lowest in fit(
+                calibrated, u, wanted, self.r, objective, held=held, steps=steps, generator=generator, share=self.share
+            ):
                 bar.update()
                 bar.set_postfix_str(f"layer {i}, held out {lowest:.4f}", refresh=False)
-        return calibrated, LayerErrors(*(error(stage, relative) ** 0.5 for stage in (cut, corrected, calibrated)))
+        stages = (cut, corrected, calibrated)
+        return calibrated, LayerErrors(*(median_error(stage, u[:held], wanted[:held], self.r) for stage in stages))
 
     @cached_property
     def _divergence(self) -> Objective:
@@ -232,4 +255,6 @@ class Calibration:
 def best_device() -> torch.device:
     """The accelerator where there is one that can compute in float64."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return torch.device("cpu") if device is None or device.type == "mps" else device
+    if device is None or device.type == "mps":
+        return torch.device("cpu")
+    return torch.device(device.type, local_process_number()) if are_several() else device

@@ -1,13 +1,14 @@
 """The tokens that calibration and healing go by: of a text, or sampled from the dense model itself."""
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 from finedeep_files.errors import ConversionError, one_line
 from finedeep_files.options import SELF
+from finedeep_files.processes import are_several, number_of_processes, process_number
 from finedeep_files.progress import Progress
 from finedeep_files.text_files import read_documents
 from transformers import (
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from ..tokenization import tokenizer_of
+from .sharing import from_all
 
 HELD_OUT = 1 / 16  # of the windows
 WINDOW = 512  # tokens, or as many as the model has positions for
@@ -126,6 +128,17 @@ def sampled_windows(
     LLM-QAT (arXiv:2305.17888), from which the idea is.
     """
     return torch.cat(sampled_batches(model, tokens, seed, progress, length))
+
+
+def sampled_by_all(
+    model: PreTrainedModel, tokens: int, seed: int, progress: bool, length: int | None = None
+) -> torch.Tensor:
+    """As `sampled_windows`; where there are several processes, each samples its share and gets the whole."""
+    if not are_several():
+        return sampled_windows(model, tokens, seed, progress, length)
+    mine = sampled_batches(model, tokens, seed, progress, length, process_number(), number_of_processes())
+    turns = zip_longest(*from_all(mine))
+    return torch.cat([batch for turn in turns for batch in turn if batch is not None])
 
 
 @torch.inference_mode()

@@ -1,7 +1,7 @@
 """Packed token windows for healing: of a text file, of a dataset, or sampled from the teacher."""
 
 from collections.abc import Iterator
-from itertools import islice, zip_longest
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from ..calibrate.text import (
     check_vocabulary,
     document_tokens,
     read_tokens,
-    sampled_batches,
+    sampled_by_all,
     tokenizer_in,
     window_of,
 )
@@ -53,17 +53,10 @@ def healing_windows(
         ConversionError: the data cannot be read.
     """
     if data == SELF:
-        from accelerate import PartialState
-        from accelerate.utils import gather_object
-
         # Cut from longer texts: short windows would otherwise be beginnings of texts, all of them.
         length = min(WINDOWS_OF_A_TEXT, max(1, window_of(teacher.config) // context)) * context
-        state = PartialState()
-        share = {"process": state.process_index, "processes": state.num_processes}
         # Another seed than calibration's: what that has learnt from must not be held out, nor be sampled again.
-        mine = sampled_batches(teacher, tokens, seed + ANOTHER_SEED, progress, length, **share)
-        turns = zip_longest(*gather_object([mine]))
-        return torch.cat([batch for turn in turns for batch in turn if batch is not None]).view(-1, context)
+        return sampled_by_all(teacher, tokens, seed + ANOTHER_SEED, progress, length).view(-1, context)
     if Path(data).is_file():
         ids = read_tokens(folder, Path(data), vocabulary, tokens)
     else:

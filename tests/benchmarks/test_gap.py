@@ -111,7 +111,7 @@ def test_the_curve_counts_what_a_command_learns_from(tmp_path):
     heal, convert = line()["command"], "finedeep convert DENSE OUT --calibrate DATA"
     assert gap_curve.tokens_of(line()) == 7 * 16 * 512
     assert gap_curve.tokens_of(line(command=heal.replace("--seed", "--context 64 --batch-size 2 --seed"))) == 7 * 128
-    assert gap_curve.tokens_of(line(command=convert)) == 262_144
+    assert gap_curve.tokens_of(line(command=convert)) == 65_536
     assert gap_curve.tokens_of(line(command=f"{convert} --calibration-tokens 4096 --seed 0")) == 4096
     lines = [line(loss=1.25), line(stage="layer by layer", command=convert), line(source="text", stage="unknown")]
     assert gap_curve.left_of(lines[0]) == 0.25

@@ -356,7 +356,7 @@ ZERO3 = (
 )
 
 
-@pytest.mark.slow  # two processes that import everything and train; tests/test_processes.py has faster ones of the model
+@pytest.mark.slow  # two processes that import everything and train; tests/test_processes.py has faster ones
 @pytest.mark.parametrize("launcher", [TORCHRUN, FSDP2, ZERO3], ids=["ddp", "fsdp2", "zero3"])
 def test_two_processes(tmp_path, dense, cut, launcher):
     """By the launcher: each process samples its share and sees its half of every batch, and one folder is written."""

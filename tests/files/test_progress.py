@@ -37,7 +37,7 @@ def test_calibration_and_healing_say_what_there_is_to_do(tmp_path, dense, capsys
     convert_checkpoint(dense, tmp_path / "cut", **quick)
     said = capsys.readouterr().err
     assert "Calibrating on 1,024 tokens sampled from the dense model: 2 layers, 2 steps each; at least about" in said
-    assert re.search(r"layer 0: relative error .*; about \d+ s left", said)
+    assert re.search(r"layer 0: error relative to the stream, .*; about \d+ s left", said)
     assert said.index("Calibrating on") < said.index("Sampling: ") < said.index("layer 0")
     heal(tmp_path / "cut", tmp_path / "out", teacher=str(dense), tokens=1024, context=32, steps=12, batch_size=4)
     said = capsys.readouterr().err

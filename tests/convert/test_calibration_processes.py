@@ -1,0 +1,60 @@
+"""Calibration in two processes, over gloo, by torchrun: what one process finds, to rounding."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import make_dense
+from finedeep.convert import convert_checkpoint
+from finedeep.convert.calibrate.sharing import Share
+from finedeep.convert.receipt import RECEIPT
+from transformers import AutoModelForCausalLM
+
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "finedeep_cli")
+# One window is held out: the second process has none.
+OPTIONS = {"calibration_tokens": 2048, "calibration_steps": 4, "num_experts_per_sublayer": 4}
+
+
+def test_windows_are_dealt_out_once(monkeypatch):
+    windows, found = torch.arange(7 * 4).view(7, 4), []
+    for process in range(3):
+        monkeypatch.setenv("RANK", str(process))
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        share = Share(windows, 2)
+        mine = share.windows.flatten()
+        assert torch.equal(mine[: share.held], mine[mine < 8])  # held out are the first two windows
+        assert torch.equal(mine[: share.of_the_first(12)], mine[mine < 12])
+        batch = torch.tensor([27, 3, 9, 16])
+        assert set(mine[share.of_batch(batch)].tolist()) == set(mine.tolist()) & set(batch.tolist())
+        found.append(mine)
+    assert torch.equal(torch.cat(found).sort().values, windows.flatten())
+
+
+@pytest.mark.parametrize("source", ["self", "text"])
+def test_two_processes_find_what_one_does(tmp_path, source):
+    dense = make_dense(tmp_path / "dense")
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(97 + (i * i + i // 7) % 26) for i in range(4000)))
+    calibrate = "self" if source == "self" else str(text)
+    convert_checkpoint(dense, tmp_path / "one", calibrate=calibrate, progress=False, **OPTIONS)
+    words = ["convert", str(dense), str(tmp_path / "two"), "--calibrate", calibrate, "--experts", "4"]
+    words += ["--calibration-tokens", "2048", "--calibration-steps", "4"]
+    done = subprocess.run(
+        [sys.executable, "-m", *TORCHRUN, *words],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("M=2 sub-layers") == 1  # the first process speaks
+    one, two = (json.loads((tmp_path / name / RECEIPT).read_text())["calibration"] for name in ("one", "two"))
+    for before, after in zip(one["relative_errors"], two["relative_errors"], strict=True):
+        assert after == pytest.approx(before, rel=2e-2)
+    ids = torch.randint(256, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = [AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()(ids).logits for name in ("one", "two")]
+    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3 * logits[0].std().item())
