@@ -420,6 +420,7 @@ INTERRUPTED = """
 import os, signal, sys
 from finedeep_files import shards
 from finedeep_cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts without
 finish = shards.ShardWriter.finish
 def finish_and_interrupt(writer):
     finish(writer)
