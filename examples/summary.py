@@ -15,6 +15,7 @@ from larger import read_larger
 
 ROOT = from_checkout.ROOT
 BENCHMARKS = ROOT / "benchmarks"
+REAL = ROOT / "examples" / "results" / "real.json"
 HEAD = ["question", "answer", "page"]
 
 
@@ -33,7 +34,32 @@ def gap_row() -> list[str]:
         f"+{over['healed']:.2f} ({over['healed, share']:.0%} of the gap closed). `stories260k`, 0.26M parameters, on "
         "2 CPU cores"
     )
-    return ["What does M=2 K=8 cost?", answer, "[Calibrate and heal](docs/heal.md)"]
+    return ["And on a small model that was healed too?", answer, "[Calibrate and heal](docs/heal.md)"]
+
+
+def exact_row() -> list[str]:
+    """M=1 beside dense on the real model: losses on texts that it was not made with, and logits."""
+    found = json.loads(REAL.read_text(encoding="utf-8"))
+    losses = found["models"]["M=1 K=8"]["losses"]
+    said = ", ".join(f"{text} {x['loss']:.3f} (dense {x['dense_loss']:.3f})" for text, x in losses.items())
+    most = max(x["largest_logit_difference"] for x in losses.values())
+    answer = f"SmolLM2-135M, {found['weights']}: nats per token on {said}; logits differ by {most:.1g} at most, in float32"
+    return ["Is a conversion with M=1 K=8 exact?", answer, "[A real model](docs/real.md)"]
+
+
+def real_cut_row() -> list[str]:
+    """What cuts of the real model cost, over dense, in the order in which they were made."""
+    models = json.loads(REAL.read_text(encoding="utf-8"))["models"]
+    said = []
+    for name, found in models.items():
+        if name.startswith("M=2") and "losses" in found:
+            over = ", ".join(f"{x['loss'] - x['dense_loss']:+.2f} on {text}" for text, x in found["losses"].items())
+            said.append(f"{name.removeprefix('M=2 K=8, ')}: {over}")
+    return [
+        "What does M=2 K=8 cost there?",
+        f"Nats per token over dense. {'; '.join(said)}",
+        "[A real model](docs/real.md)",
+    ]
 
 
 def speed_row(kind: str, question: str, cases: Iterable[tuple[str, str]]) -> list[str]:
@@ -69,6 +95,8 @@ def claim_row() -> list[str]:
 
 def table() -> str:
     rows = [
+        exact_row(),
+        real_cut_row(),
         gap_row(),
         speed_row(
             "cuda",

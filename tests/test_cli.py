@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from finedeep_cli import SUBCOMMANDS, main
+from finedeep_cli.convert_command import CUT
 
 PROBE = """
 import sys
@@ -69,7 +70,7 @@ def test_the_package_is_the_command_too():
 
 def test_what_a_plain_cut_costs_is_said_before_and_after(capsys, tmp_path, dense):
     """With the way out; the default, which costs nothing, says none of it."""
-    cost = "loses much of the model (SmolLM2-135M: 8.5 instead of 3.0 nats per token); --calibrate self brings"
+    cost = "loses much of the model (SmolLM2-135M: 8.9 instead of 3.3 nats per token); --calibrate self brings"
     assert main(["convert", str(dense), str(tmp_path / "two"), "--sublayers", "2", "--experts", "4"]) == 0
     said = capsys.readouterr()
     assert cost in said.err
@@ -110,3 +111,9 @@ def test_json_is_all_that_stdout_has(capsys, tmp_path, dense):
     assert "exact: the logits equal the dense model's" in said.err
     assert main(["refresh", str(tmp_path / "out"), "--json", "--quiet"]) == 0
     assert json.loads(capsys.readouterr().out)["changes"] == {}
+
+
+def test_what_a_cut_is_said_to_cost_was_measured():
+    results = json.loads((Path(__file__).parents[1] / "examples/results/real.json").read_text())
+    found = results["models"]["M=2 K=8, cut"]["losses"]["wikitext"]
+    assert f"{found['loss']:.1f} instead of {found['dense_loss']:.1f} nats per token" in CUT
