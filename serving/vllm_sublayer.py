@@ -107,7 +107,7 @@ def per_expert(num_experts: int, hidden: int) -> nn.Parameter:
 
 
 class DownProj(RowParallelLinear):
-    """W_down, columns of whole experts. Its outputs are added up by the sub-layer, together with the experts' biases."""
+    """W_down, columns of whole experts. The sub-layer adds up the outputs, with the biases of the experts."""
 
     def __init__(self, width: int, hidden: int, quant_config: Any, prefix: str):
         options = {"bias": False, "reduce_results": False, "return_bias": False}
