@@ -35,7 +35,7 @@ test: lint
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest tests -m slow --ignore=tests/official
-	FINEDEEP_HOSTILE_EXAMPLES=10000 $(BIN)/python -m pytest tests/test_hostile.py
+	FINEDEEP_HOSTILE_EXAMPLES=10000 $(BIN)/python -m pytest tests/convert/test_hostile.py
 
 # on a GPU, with the interpreter that is there: nothing is installed, and the package need not be (about a minute)
 test-gpu:
@@ -59,7 +59,7 @@ test-programs: $(INSTALLED)
 	$(BIN)/python tests/programs/run.py
 
 bench: $(INSTALLED)
-	$(BIN)/python -m finedeep.benchmarks --output benchmarks --readme README.md
+	$(BIN)/python -m finedeep.benchmarks --output benchmarks --document docs/performance.md
 
 DEADLINE ?= 600
 OUT ?= gpu-grid.jsonl

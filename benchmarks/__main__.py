@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 import transformers
+from finedeep_files import timing
+from finedeep_files.processor import processor
 from tqdm import tqdm
 
 from ..configuration_finedeep import __version__
-from . import cases, growth, memory, quick, results, starting, timing
+from . import cases, growth, memory, quick, results, starting
+from .documents import check_marks, put_table
 from .models import DTYPES, SHAPES, largest_difference, parameters_of
-from .processor import processor
-from .readme import check_marks, put_into_readme
 
 Job = tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]
 DESCRIPTION = f"""{__doc__}
@@ -57,7 +58,7 @@ def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
         )
 
 
-README_MARKS = {"cpu": "speed", "cpu-quick": "speed-quick", "cuda": "speed-gpu"}
+MARKS = {"cpu": "speed", "cpu-quick": "speed-quick", "cuda": "speed-gpu"}
 GROUPS = ("prefill", "decode", "train", "memory", "start", "growth")
 
 
@@ -81,10 +82,10 @@ def main() -> None:
         return
     for file in results.render(arguments.output):
         print(file)
-    if arguments.readme:
+    if arguments.document:
         for kind, content in results.load(arguments.output).items():
-            put_into_readme(README_MARKS[kind], results.targets_table(content), arguments.readme)
-        print(arguments.readme)
+            put_table(MARKS[kind], results.targets_table(content), arguments.document)
+        print(arguments.document)
 
 
 def measure_all(arguments: argparse.Namespace, path: Path) -> None:
@@ -212,15 +213,15 @@ def arguments_of() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="only the cases that say most; nothing is rendered")
     parser.add_argument("--deadline", type=float, default=480, help="of --quick, in seconds; default: %(default)s")
     parser.add_argument("--render", action="store_true", help="measure nothing")
-    parser.add_argument("--readme", type=Path, help="a file to put the table of targets into, between its speed marks")
+    parser.add_argument("--document", type=Path, help="the document that gets the tables of targets")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and here == "cpu" and not arguments.render:
         parser.error("--device cuda: torch finds no GPU here")
     if not arguments.quick and importlib.util.find_spec("matplotlib") is None:
         parser.error("the plots need matplotlib: pip install 'finedeep[plots]'")
-    if arguments.readme:
+    if arguments.document:
         for kind in results.load(arguments.output).keys() | {kind_of(arguments)}:
-            check_marks(README_MARKS[kind], arguments.readme)
+            check_marks(MARKS[kind], arguments.document)
     return arguments
 
 

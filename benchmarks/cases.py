@@ -1,20 +1,18 @@
 """What is timed on whole models: prefill, decoding with a cache, training steps."""
 
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, LlamaForCausalLM, PreTrainedModel, StaticCache
+from finedeep_files.timing import Work, interleaved, let_go
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
+from ..eval.report.cost import CACHE
 from .models import CONTENDERS, SHAPES, build
-from .timing import Work, interleaved, let_go
 
 DECODED = 8  # tokens, one after the other, in a timed run of decoding
 CONTEXT = 128  # tokens in the cache before
-# What a forward calls its cache; transformers 5.24 has renamed it.
-CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 CACHES = {"dynamic": (DynamicCache, {}), "static": (StaticCache, {"max_cache_len": CONTEXT + DECODED})}
 
 

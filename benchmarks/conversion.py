@@ -4,8 +4,8 @@
 
 writes a synthetic Llama in bfloat16 of 8 GB, in several shards, under SCRATCH (which needs three times that), and then
 in turn copies it and converts it, each in a process of its own, down to the disk (fsync) and from it (the source is
-taken out of the page cache before). It prints the Markdown table that the README shows and saves figures to
-benchmarks/results/conversion.json; --update puts the table into the README.
+taken out of the page cache before). It prints the Markdown table of docs/convert.md and saves figures to
+benchmarks/results/conversion.json; --update puts the table there.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 from finedeep import __version__
-from finedeep.benchmarks.readme import put_into_readme
-from finedeep.convert.shards import Entry, ShardWriter, plan_shards, write_index
+from finedeep.benchmarks.documents import put_table
+from finedeep_files.shards import Entry, ShardWriter, plan_shards, write_index
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parents[1]
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--gigabytes", type=float, default=8.4)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--update", action="store_true", help="write the table into README.md")
+    parser.add_argument("--update", action="store_true", help="write the table into docs/convert.md")
     arguments = parser.parse_args()
     source = arguments.scratch / "dense"
     layers = max(1, round(arguments.gigabytes * 1e9 / BYTES_A_LAYER))
@@ -140,7 +140,7 @@ def main() -> None:
     table = table_of(content)
     print(table)
     if arguments.update:
-        put_into_readme("conversion", table)
+        put_table("conversion", table)
 
 
 def table_of(content: dict) -> str:

@@ -3,11 +3,11 @@
     python -m finedeep.benchmarks.gap CHECKPOINT TEXT --name stories260k
 
 cuts TEXT in two, calibrates on the first half (or on text sampled from CHECKPOINT), measures on the second, and adds a
-line for each rung to benchmarks/results/gap.jsonl. --render makes the tables of both READMEs and convert/gap.svg from
-all lines.
+line for each stage to benchmarks/results/gap.jsonl. --render makes the tables of docs/heal.md and
+docs/figures/gap.svg from all lines.
 
-Each rung is a command of its own, in a process of its own; its seconds are those of the whole command. The loss is the
-mean next-token loss in nats; the share of the gap is (cut - rung) / (cut - dense).
+Each stage is a command of its own, in a process of its own; its seconds are those of the whole command. The loss is the
+mean next-token loss in nats; the share of the gap is (cut - stage) / (cut - dense).
 """
 
 import argparse
@@ -30,14 +30,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..configuration_finedeep import __version__
+from .documents import put_table
 from .gap_curve import draw, left_of
-from .readme import put_into_readme
 from .results import markdown
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gap.jsonl"
-PAGE = ROOT / "convert" / "README.md"
-CURVE, CURVE_OF = ROOT / "convert" / "gap.svg", ("stories260k", "2x8")
+CURVE, CURVE_OF = ROOT / "docs" / "figures" / "gap.svg", ("stories260k", "2x8")
 MOST_TOKENS = 100_000  # to measure on
 TEXTS = {"self": "sampled", "text": "real"}
 MATTER_OF_COURSE = ("--standalone", "--sublayers", "--experts", "--calibrate", "--teacher", "--data", "--seed")
@@ -55,7 +54,7 @@ def main() -> None:
     option("--shapes", nargs="+", default=["2x8", "4x4"], metavar="MxK")
     option("--sources", nargs="+", default=["self", "text"], choices=("self", "text"))
     option("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    option("--rungs", nargs="+", default=list(RUNGS), choices=list(RUNGS))
+    option("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
     option("--convert", default="", metavar="ARGUMENTS", help="more arguments of `finedeep convert`")
     option("--heal", default="", metavar="ARGUMENTS", help="more arguments of `finedeep heal`")
     option("--heal-longer", default="", metavar="ARGUMENTS", help="those of the longer one")
@@ -69,13 +68,13 @@ def main() -> None:
                 print(line, flush=True)
     else:
         lines = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
-        put_into_readme("gap", table_of(lines), PAGE)
+        put_table("gap", table_of(lines))
         draw([line for line in lines if (line["model"], line["shape"]) == CURVE_OF], CURVE)
-        put_into_readme("gap", summary_of(lines))
+        put_table("gap-summary", summary_of(lines))
 
 
-# What each rung is called in the table, from which rung's folder it starts, and its command.
-RUNGS: dict[str, tuple[str | None, list[str]]] = {
+# What each stage is called in the table, from which stage's folder it starts, and its command.
+STAGES: dict[str, tuple[str | None, list[str]]] = {
     "closed form": (
         None,
         ["convert", "{dense}", "{out}", "--calibrate", "{data}", "--calibration-steps", "0", "{convert}"],
@@ -90,7 +89,7 @@ RUNGS: dict[str, tuple[str | None, list[str]]] = {
 
 
 def measure(arguments: argparse.Namespace, scratch: Path) -> Iterator[dict[str, Any]]:
-    """A line for each rung of each shape, source and seed."""
+    """A line for each stage of each shape, source and seed."""
     content = arguments.text.read_text(encoding="utf-8")
     half = 0 if arguments.learn_from else len(content) // 2
     learnt = arguments.learn_from or scratch / "text.txt"
@@ -120,15 +119,15 @@ def climb(
     windows: torch.Tensor,
     losses: tuple[float, float],
 ) -> Iterator[dict[str, Any]]:
-    """The rungs, one by one. `losses`: the dense model's and the cut's."""
+    """The stages, one by one. `losses`: the dense model's and the cut's."""
     M, K = shape.split("x")
     seconds: dict[str | None, float] = {None: 0.0}
-    for rung in arguments.rungs:
-        start, parts = RUNGS[rung]
+    for stage in arguments.stages:
+        start, parts = STAGES[stage]
         place = {
             "dense": str(arguments.checkpoint),
             "data": "self" if source == "self" else str(learnt),
-            "out": str(scratch / f"{shape}-{source}-{seed}-{rung}".replace(" ", "-")),
+            "out": str(scratch / f"{shape}-{source}-{seed}-{stage}".replace(" ", "-")),
             "before": str(scratch / f"{shape}-{source}-{seed}-{start}".replace(" ", "-")),
         }
         more = {
@@ -142,15 +141,15 @@ def climb(
         command += ["--seed", str(seed)]
         begin = time.perf_counter()
         run(command)
-        seconds[rung] = time.perf_counter() - begin + seconds[start]
+        seconds[stage] = time.perf_counter() - begin + seconds[start]
         names = {value: name.upper() for name, value in place.items()}
         yield {
             "model": arguments.name,
             "shape": shape,
             "source": source,
             "seed": seed,
-            "rung": rung,
-            "seconds": round(seconds[rung], 1),
+            "stage": stage,
+            "seconds": round(seconds[stage], 1),
             "loss": loss_of(Path(place["out"]), windows),
             "dense": losses[0],
             "cut": losses[1],
@@ -185,7 +184,7 @@ def options_of(command: str) -> str:
 
 def groups_of(lines: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """Lines that differ in their seeds only, and what they have in common; the quickest first."""
-    names = ("model", "shape", "source", "rung", "threads")
+    names = ("model", "shape", "source", "stage", "threads")
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for line in lines:
         groups[(*(line[name] for name in names), options_of(line["command"]))].append(line)
@@ -199,13 +198,13 @@ def groups_of(lines: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], lis
 
 
 def seeds_of(lines: list[dict[str, Any]]) -> int:
-    """How many seeds there are: what was measured again, as a step to another rung, is counted once."""
+    """How many seeds there are: what was measured again, as a step to another stage, is counted once."""
     return len({line["seed"] for line in lines})
 
 
 def table_of(lines: list[dict[str, Any]]) -> str:
     """Everything that was measured: means over seeds, with the lowest and the highest share, and median seconds."""
-    head = ["model", "M x K", "text", "rung", "options", "loss", "over dense", "of the gap closed"]
+    head = ["model", "M x K", "text", "stage", "options", "loss", "over dense", "of the gap closed"]
     head += ["seconds", "cores", "seeds"]
     rows, seen = [], set()
     for mean, found in groups_of(lines):
@@ -220,7 +219,7 @@ def table_of(lines: list[dict[str, Any]]) -> str:
             [
                 *place,
                 TEXTS[mean["source"]],
-                mean["rung"],
+                mean["stage"],
                 mean["options"],
                 f"{mean['loss']:.4f}",
                 f"{mean['loss'] - mean['dense']:+.4f}",
@@ -234,18 +233,24 @@ def table_of(lines: list[dict[str, Any]]) -> str:
 
 
 def summary_of(lines: list[dict[str, Any]]) -> str:
-    """For the README: of each model and shape the dense loss, the cut's, and each rung's on sampled text.
+    """For the README: of each model and shape the dense loss, the cut's, and each stage's on sampled text.
 
-    Of a rung that was measured with several options, those with the most seeds, and of these with the lowest loss.
+    Of a stage that was measured with several options, those with the most seeds, and of these with the lowest loss.
     """
-    head = ["model", "M x K", "dense", "cut", *(rung for rung in RUNGS if rung in {line["rung"] for line in lines})]
+    head = [
+        "model",
+        "M x K",
+        "dense",
+        "cut",
+        *(stage for stage in STAGES if stage in {line["stage"] for line in lines}),
+    ]
     rows: dict[tuple[str, str], dict[str, str]] = {}
     groups = groups_of([line for line in lines if line["source"] == "self"])
     for mean, found in sorted(groups, key=lambda group: (seeds_of(group[1]), -group[0]["loss"])):
         row = rows.setdefault((mean["model"], mean["shape"]), {})
         row |= {name: f"{mean[name]:.3f}" for name in ("dense", "cut")}
         closed = statistics.mean(1 - left_of(line) for line in found)
-        row[mean["rung"]] = f"{mean['loss']:.3f} ({closed:.0%}, {mean['seconds'] / 60:.1f} min on {mean['threads']})"
+        row[mean["stage"]] = f"{mean['loss']:.3f} ({closed:.0%}, {mean['seconds'] / 60:.1f} min on {mean['threads']})"
     return markdown(head, [[*key, *(row.get(name, "") for name in head[2:])] for key, row in sorted(rows.items())], 2)
 
 

@@ -10,9 +10,9 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..convert.healing import HealingOptions
-from ..convert.plan import Options
-from ..eval.plots import COLOURS, STYLE
+from ..convert import Options
+from ..convert.heal import HealingOptions
+from ..eval.inspect.plots import COLOURS, STYLE
 
 MARKERS = {"closed form": "^", "layer by layer": "o", "healed": "s", "healed longer": "D"}
 
@@ -45,13 +45,13 @@ def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
             for name, y in wanted.items():
                 axes.axhline(y, color="#bbbbbb", linewidth=1)
                 axes.annotate(name, (0.01, y), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
-            for rung, marker in MARKERS.items():
-                found = [line for line in lines if line["rung"] == rung]
+            for stage, marker in MARKERS.items():
+                found = [line for line in lines if line["stage"] == stage]
                 colours = [without if "--hidden-states 0" in line["command"] else other for line in found]
                 axes.scatter(
                     [x(line) for line in found], [100 * left_of(line) for line in found], 22, colours, marker=marker
                 )
-                axes.scatter([], [], 22, other, marker=marker, label=rung)
+                axes.scatter([], [], 22, other, marker=marker, label=stage)
             axes.set(xscale="log", yscale="log", xlabel=label)
             axes.set_yticks([2, 5, 10, 20, 50], ["2", "5", "10", "20", "50"], minor=False)
             axes.minorticks_off()

@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from finedeep_files.timing import Work, interleaved, let_go
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from ..modeling_finedeep import FinedeepSublayer
 from .models import DTYPES, ExpertLoop, Shape, config_of, randomise_routers
-from .timing import Work, interleaved, let_go
 
 BLOCKS = ("dense", "finedeep", "loop", "definition", "one_product")
 

@@ -13,11 +13,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from finedeep_files.timing import let_go
 
 from .cases import Case, take_turns
 from .memory import measure, peak_of
 from .models import SHAPES, build
-from .timing import let_go
 
 GPU = Case("prefill", 1, 2048, shape="1.2B", dtype="bfloat16")
 ALL = ((1, 8), (2, 8), (4, 4))

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from finedeep_files.timing import quartiles, ratios
+
 from .cases import CUTS
-from .timing import quartiles, ratios
 
 Row = dict[str, Any]
 

@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from finedeep_files.timing import Work, interleaved
+
 from ..convert import convert_checkpoint
 from .models import SHAPES, build
-from .timing import Work, interleaved
 
 IMPORTS = {
     "dense": "import torch; from transformers import AutoModelForCausalLM, LlamaForCausalLM",

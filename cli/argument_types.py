@@ -3,30 +3,29 @@
 import argparse
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+ASSIGNMENTS = ("contiguous", "strided", "random", "activity", "nonlinearity", "clusters")
 PYTHONS = {"True": True, "False": False, "None": None}  # as users of Python will write them
 
 
-def positive_int(text: str) -> int:
-    """A whole number of at least 1."""
-    return _whole_number(text, 1)
+def whole_number(least: int) -> Callable[[str], int]:
+    """The type of whole numbers of at least that."""
+
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return value
+
+    return number
 
 
-def non_negative_int(text: str) -> int:
-    """A whole number of at least 0."""
-    return _whole_number(text, 0)
-
-
-def _whole_number(text: str, least: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if value < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-    return value
+positive_int, non_negative_int = whole_number(1), whole_number(0)
 
 
 def names(text: str) -> list[str]:
@@ -48,6 +47,13 @@ def field(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:
         return name, value
+
+
+def assignment(text: str) -> str:
+    """The name of an assignment, or package:function."""
+    if text not in ASSIGNMENTS and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither package:function nor one of {', '.join(ASSIGNMENTS)}")
+    return text
 
 
 def boolean(text: str) -> bool:

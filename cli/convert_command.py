@@ -17,101 +17,24 @@ examples:
 """
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
+from finedeep_files.conversion_options import Options
 from finedeep_files.inputs import check_model, check_text
 from finedeep_files.working_folder import WorkingFolder
 
-from .argument_types import non_negative_int, positive_int
-
-# The command's name for each of `finedeep.convert.plan.Options`. Their meaning and their defaults are said here, since
-# --help must not import torch; a test holds the two against each other.
-ASSIGNMENTS = ("contiguous", "strided", "random", "activity", "nonlinearity", "clusters")
+from .argument_types import assignment
+from .option_arguments import add_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `finedeep convert`."""
     parser.add_argument("source", metavar="SRC", help="a folder with a safetensors checkpoint, or a Hub id")
     parser.add_argument("destination", metavar="DST", help="the folder to make")
+    add_options(parser, Options, assignment=assignment)
     option = parser.add_argument
-    option(
-        "--sublayers",
-        dest="num_expert_sublayers",
-        type=positive_int,
-        default=2,
-        metavar="M",
-        help="sub-layers per decoder layer (default: 2)",
-    )
-    option(
-        "--experts",
-        dest="num_experts_per_sublayer",
-        type=positive_int,
-        default=8,
-        metavar="K",
-        help="experts per sub-layer, all active (default: 8)",
-    )
-    option(
-        "--mode",
-        choices=("split", "grow"),
-        default="split",
-        help="split: sub-layers share the dense neurons, same size (default). grow: sub-layer 1 has them all and new "
-        "ones start at zero; exact, larger",
-    )
-    option(
-        "--assignment",
-        choices=ASSIGNMENTS,
-        help="which neuron goes to which expert: in their own order (contiguous, default), dealt out (strided), "
-        "shuffled (random), the most active on a text first (activity), the least linear first (nonlinearity, default "
-        "with --calibrate), or by direction of their gates (clusters)",
-    )
-    option(
-        "--assignment-text",
-        dest="text",
-        metavar="FILE",
-        help="the text on which activity is measured, without --calibrate",
-    )
-    option(
-        "--calibrate",
-        metavar="TEXT",
-        help="fit each layer to the dense one on a text file, or on a text sampled from the dense model (self); there "
-        "is nothing to fit where the conversion is exact",
-    )
-    option(
-        "--calibration-tokens",
-        type=positive_int,
-        default=262_144,
-        metavar="N",
-        help="of the text; a sixteenth is held out (default: %(default)s)",
-    )
-    option(
-        "--calibration-steps",
-        type=non_negative_int,
-        default=400,
-        metavar="N",
-        help="of 4,096 tokens, for each layer; 0: closed-form corrections only (default: %(default)s)",
-    )
-    option(
-        "--seed", type=int, default=0, help="for random, clusters, new weights, calibration and the probe (default: 0)"
-    )
-    option(
-        "--routing-input",
-        choices=("expert_output", "hidden_state"),
-        default="expert_output",
-        help="what an expert's score is read from (default: expert_output, the paper's method)",
-    )
-    option(
-        "--routing-function",
-        choices=("sigmoid", "softmax"),
-        default="sigmoid",
-        help="how scores become gates (default: sigmoid)",
-    )
-    option(
-        "--dtype",
-        choices=("keep", "float32", "bfloat16", "float16"),
-        default="keep",
-        help="of the weights that are written (default: keep)",
-    )
-    option("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
     option("--revision", help="branch, tag or commit of a Hub source")
     option("--resume", action="store_true", help="continue from what a stopped run has finished")
     option(
@@ -135,6 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
     for text in (arguments.calibrate, arguments.text):
         if text not in (None, "self"):
             check_text(text)
+    if ":" in (arguments.assignment or ""):
+        sys.path.append(os.getcwd())  # where a function of the user's may lie; what is installed comes first
     from finedeep.convert import convert_checkpoint, plan_conversion
 
     given = vars(arguments).copy()
@@ -155,11 +80,8 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"  FFN width {M * K * done.expert_intermediate_size} per decoder layer{padding}")
     print(f"  {done.finedeep_parameters:,} parameters (dense: {done.dense_parameters:,}, {growth:+.2%})")
     if done.calibration:
-        cut, calibrated = (max(getattr(layer, rung) for layer in done.calibration) for rung in ("cut", "calibrated"))
+        cut, calibrated = (max(getattr(layer, stage) for layer in done.calibration) for stage in ("cut", "calibrated"))
         print(f"  layers' relative errors on held-out text: up to {cut:.2f} as cut, {calibrated:.2f} calibrated")
-    else:
-        worst = max(done.relative_ffn_difference)
-        print(f"  FFN outputs differ by up to {worst:.1e} of the dense ones on a probe batch")
     if done.exact:
         print("  exact: the logits equal the dense model's")
         if arguments.calibrate:

@@ -32,10 +32,12 @@ import os
 import sys
 from pathlib import Path
 
+from finedeep_files.evaluation_options import EvaluationOptions
 from finedeep_files.inputs import InputError, check_folder, check_model, check_text
 from finedeep_files.working_folder import WorkingFolder
 
-from .argument_types import DTYPES, batch, boolean, device, field, names, non_negative_int, positive_int
+from .argument_types import batch, device, names, non_negative_int
+from .option_arguments import add_options
 from .task_names import check_tasks
 
 
@@ -54,51 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replace an evaluation in --output, its own files only; start again where a run was stopped",
     )
-    option("--answers", metavar="DIR", help="where answers stay, for other runs of the same model not to ask again")
-    option("--include-path", metavar="DIR", help="a folder with task definitions of your own")
-    option(
-        "--num-fewshot",
-        type=non_negative_int,
-        metavar="N",
-        help="examples before a question (default: the task's; a task's own 0 stays)",
-    )
-    option("--limit", type=positive_int, metavar="N", help="score only the first N samples of each task")
-    option("--batch-size", type=batch, default="auto", metavar="N", help="sequences (default: auto, what memory takes)")
-    option("--device", type=device, help="such as cpu or cuda:0 (default: a GPU where there is one)")
-    option("--dtype", default="auto", choices=DTYPES, help="default: auto, the checkpoint's own")
-    option("--max-length", type=positive_int, metavar="N", help="tokens (default: the model's own limit)")
-    option(
-        "--set",
-        dest="model_args",
-        type=field,
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="an argument of the harness's hf model, the value as JSON or as text; may be given again",
-    )
-    option(
-        "--apply-chat-template",
-        nargs="?",
-        const=True,
-        default=False,
-        metavar="NAME",
-        help="make messages of questions by the model's chat template, or by one of its templates by name",
-    )
-    option(
-        "--fewshot-as-multiturn",
-        type=boolean,
-        nargs="?",
-        const=True,
-        metavar="BOOL",
-        help="examples are turns of the conversation (default: with a chat template; false: part of the question)",
-    )
-    option("--system-instruction", metavar="TEXT", help="comes before each question, as the system's message")
-    option(
-        "--seed",
-        type=non_negative_int,
-        default=1234,
-        help="for few-shot examples, bootstrap and permutations (default: 1234)",
-    )
+    add_options(parser, EvaluationOptions, batch_size=batch, device=device, seed=non_negative_int)
     option("--quiet", action="store_true", help="no progress, only the result")
 
 
@@ -108,8 +66,11 @@ def _check(arguments: argparse.Namespace) -> None:
         WorkingFolder(Path(arguments.output), resume=arguments.resume, overwrite=arguments.overwrite).check()
     elif arguments.resume or arguments.overwrite:
         raise InputError("--resume and --overwrite are about what is in an --output folder; name it.")
-    for model in filter(None, (arguments.model, arguments.baseline)):
+    models = [model for model in (arguments.model, arguments.baseline) if model]
+    for model in models:
         check_model(model)
+    if "revision" in dict(arguments.model_args) and all(Path(model).is_dir() for model in models):
+        raise InputError(f"{' and '.join(models)}: a folder has no revisions; leave out --set revision.")
     if not arguments.tasks and not arguments.local:
         raise InputError("there is nothing to score; name tasks of the harness (--tasks) or a folder (--local).")
     if arguments.text and not arguments.baseline:
@@ -138,12 +99,12 @@ def run(arguments: argparse.Namespace) -> None:
         os.environ["TQDM_DISABLE"] = "1"  # before the libraries are imported that draw bars
     else:
         given["say"] = lambda line: print(line, file=sys.stderr, flush=True)
-    from finedeep.eval.harness import require_harness
+    from finedeep.eval.scoring.harness import require_harness
 
     require_harness()
     from finedeep.convert.code_files import advice
-    from finedeep.eval.processes import is_first_process
-    from finedeep.eval.study import score, study
+    from finedeep.eval.evaluation import score, study
+    from finedeep_files.processes import is_first_process
 
     if is_first_process() and (line := advice(model, given["model_args"].get("revision"))):
         print(line, file=sys.stderr, flush=True)

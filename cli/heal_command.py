@@ -23,10 +23,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from finedeep_files.healing_options import HealingOptions
 from finedeep_files.inputs import check_model
 from finedeep_files.working_folder import WorkingFolder
 
-from .argument_types import field, positive_int
+from .option_arguments import add_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,53 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument
     option("model", metavar="DIR", help="the folder, or the Hub id, of a Finedeep checkpoint")
     option("destination", metavar="DST", help="the folder to make")
-    option("--teacher", metavar="DENSE", help="a folder or a Hub id: the dense model that DIR was converted from")
-    option(
-        "--data",
-        default="self",
-        metavar="D",
-        help="a text file, or JSON Lines with a 'text' in each record; a dataset with a column 'text', as NAME, "
-        "NAME:CONFIG or NAME:CONFIG:SPLIT; or self, to sample from the teacher (default)",
-    )
-    option("--tokens", type=positive_int, default=1_048_576, metavar="N", help="of the data (default: %(default)s)")
-    option(
-        "--context",
-        type=positive_int,
-        default=512,
-        metavar="N",
-        help="tokens in a sequence, at most (default: %(default)s)",
-    )
-    option("--steps", type=positive_int, default=1000, metavar="N", help="of the optimiser (default: %(default)s)")
-    option("--batch-size", type=positive_int, default=16, metavar="N", help="sequences a device (default: %(default)s)")
-    option(
-        "--learning-rate",
-        type=float,
-        metavar="R",
-        help="its peak (default: 0.064 / hidden size, which is 1e-3 for 64 and 1.6e-5 for 4096)",
-    )
-    option(
-        "--divergence",
-        type=float,
-        metavar="W",
-        help="the teacher's share of the loss, from 0 to 1 (default: 1 with a teacher, 0 without)",
-    )
-    option(
-        "--hidden-states",
-        type=float,
-        metavar="H",
-        help="the first weight of the distance of each layer's output from the teacher's (default: 10 where the two "
-        "can be compared and W is above 0)",
-    )
-    option("--seed", type=int, default=0, help="for sampling and the order of the data (default: 0)")
-    option(
-        "--set",
-        dest="training",
-        type=field,
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="a field of transformers' TrainingArguments, the value as JSON or as text; may be given again",
-    )
+    add_options(parser, HealingOptions)
     option("--resume", action="store_true", help="continue from the last checkpoint of a run that was stopped")
     option(
         "--overwrite",
@@ -95,13 +50,14 @@ def run(arguments: argparse.Namespace) -> None:
     WorkingFolder(Path(arguments.destination), resume=arguments.resume, overwrite=arguments.overwrite).check()
     for model in filter(None, (arguments.model, arguments.teacher)):
         check_model(model)
-    from finedeep.convert.healing import heal, is_main_process
+    from finedeep.convert.heal import heal
+    from finedeep_files.processes import is_first_process
 
     given = vars(arguments).copy()
     given.pop("run", None)
     model, destination, quiet = given.pop("model"), given.pop("destination"), given.pop("quiet")
     done = heal(model, destination, progress=not quiet, **{**given, "training": dict(given["training"])})
-    if quiet or not is_main_process():
+    if quiet or not is_first_process():
         return
     print(f"{done.folder}: trained on {done.tokens_seen:,} tokens; on held-out ones, in nats per token:")
     names = {"next_token": "next-token loss", "divergence": "KL from the teacher"}

@@ -15,10 +15,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from finedeep_files.evaluation_options import DTYPES
 from finedeep_files.inputs import check_model, check_text
 from finedeep_files.working_folder import WorkingFolder
 
-from .argument_types import DTYPES, device, positive_int
+from .argument_types import device, positive_int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
         check_model(model)
     check_text(arguments.text)
     from finedeep.convert.code_files import advice
-    from finedeep.eval.inspection import inspect, prepare, save, table_of
+    from finedeep.eval.inspect.inspection import inspect, prepare, save, table_of
 
     if line := advice(arguments.model):
         print(line, file=sys.stderr)

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Refresh and say what was changed."""
-    from finedeep.convert.refresh import refresh_code, summary_of
+    from finedeep.convert.hub.refresh import refresh_code, summary_of
 
     done = refresh_code(
         arguments.model,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from finedeep_files.inputs import InputError
 
-OWN_TASKS = Path(__file__).parents[1] / "eval/tasks"
+OWN_TASKS = Path(__file__).parents[1] / "eval/scoring/tasks"
 # Of a task's definition, a YAML file that may be JSON too.
 NAMED = re.compile(r"""^\s*["']?(?:task|group|tag)["']?\s*:\s*["']?([\w.+-]+)""", re.MULTILINE)
 

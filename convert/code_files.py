@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from finedeep_files.json_files import read_json
 from huggingface_hub import hf_hub_download
 from packaging.version import InvalidVersion, Version
 
 from ..configuration_finedeep import FinedeepConfig, __version__
-from .source import read_json
 
 CODE = "*_finedeep.py"
 CODE_FILES = tuple(sorted(Path(__file__).parents[1].glob(CODE)))

@@ -1,34 +1,29 @@
 """Turn a Finedeep model that is a dense model in disguise back into the dense model."""
 
-import json
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from finedeep_files.working_folder import Contents
+from finedeep_files.conversion_options import Options
+from finedeep_files.errors import ConversionError, one_line
+from finedeep_files.json_files import write_json
+from finedeep_files.shards import INDEX, Entry, FolderWriter, Shard, plan_shards, write_index
+from finedeep_files.sizes import parse_size
+from finedeep_files.working_folder import Contents, WorkingFolder
 from tqdm import tqdm
+from transformers import PretrainedConfig
 
 from ..configuration_finedeep import ROUTING_FUNCTIONS, FinedeepConfig
-from .destination import check_room, whole_folder, working_folder
-from .errors import ConversionError, one_line
+from .assignment import FORMULAS, PADDING, Layer, assign, layer_generator
 from .families import FAMILIES
-from .mapping import SUBLAYER, Piece, dense_shapes, family_config, pieces, some, targets
-from .neurons import FORMULAS, PADDING, Layer, assign, layer_generator
-from .plan import (
-    NOT_INHERITED,
-    ROPE_FIELDS,
-    Options,
-    check_layers,
-    check_tensors,
-    finedeep_config,
-    harmless,
-    options_from,
-)
+from .plan import NOT_INHERITED, ROPE_FIELDS, finedeep_config, harmless, options_from
 from .receipt import NEURONS, RECEIPT, read_neuron_table, read_receipt
-from .shards import Entry, FolderWriter, parse_size, plan_shards, write_index
-from .source import COMPANIONS, INDEX, DenseCheckpoint, check_finedeep, copy_companion, open_checkpoint
+from .source import COMPANIONS, DenseCheckpoint, check_finedeep, copy_companion, open_checkpoint
+from .tensor_mapping import SUBLAYER, dense_shapes, family_config, pieces, some, targets
+from .validation import check_layers, check_tensors
 
 # What a Llama's configuration cannot say, and the value that it would have to have.
 BEYOND_LLAMA: dict[str, Any] = {
@@ -74,65 +69,93 @@ def export_checkpoint(
             the sub-layers' output, or, without a receipt, attention that Llama does not have; or the receipt is of
             another model.
     """
-    work = working_folder(destination)
+    work = WorkingFolder(Path(destination), ConversionError)
     work.check()
     held = open_checkpoint(source, check=check_finedeep)
-    config = _finedeep_config(held)
+    form = _dense_form(held, _finedeep_config(held))
+    _check_routers(held)
+    neurons = form.orders
+    if neurons is not None and not _padding_is_silent(held, neurons):
+        wide, width = form.experts_width, form.config.intermediate_size
+        warnings.warn(
+            f"{held.folder}: its padding neurons have learnt something, and stay: intermediate_size is {wide}, not "
+            f"{width} as in the model that it was made of.",
+            stacklevel=2,
+        )
+        neurons = [_padding_last(order, width) for order in neurons]
+        form.config.intermediate_size = form.fields["intermediate_size"] = wide
+    parts = _parts(form)
+    shapes = dense_shapes(form.config)
+    entries = [Entry(name, shapes[name], held.tensors[_ours(parts[name][0])].dtype) for name in shapes]
+    shards = plan_shards(entries, parse_size(max_shard_size))
+    nbytes = sum(shard.nbytes for shard in shards)
+    work.check_room(nbytes)
+    plan = {"source": str(held.folder.resolve()), "shards": [[shard.file_name, shard.nbytes] for shard in shards]}
+    bar = tqdm(total=nbytes, desc="Exporting", unit="B", unit_scale=True, disable=None if progress else True)
+    contents = Contents("export", (*(shard.file_name for shard in shards), INDEX, "config.json", *COMPANIONS))
+    with work.begun(contents, plan) as folder, bar:
+        with FolderWriter(folder, shards) as writer:
+            for entry in (entry for shard in shards for entry in shard.entries):
+                rows = [_dense_tensor(held, name, neurons) for name in parts[entry.name]]
+                writer.write(entry.name, torch.cat(rows) if len(rows) > 1 else rows[0])
+                bar.update(entry.nbytes)
+        _write_beside(folder, held, form, shards)
+    return work.destination
+
+
+@dataclass(frozen=True)
+class _DenseForm:
+    """The dense model that a Finedeep model is.
+
+    `fields` are those of its config.json, `orders` has for each layer the dense neuron of each of the model's, where a
+    receipt says which, and `experts_width` is the number of neurons with padding.
+    """
+
+    family_name: str
+    fields: dict[str, Any]
+    config: PretrainedConfig
+    orders: list[torch.Tensor] | None
+    experts_width: int
+
+
+def _dense_form(held: DenseCheckpoint, config: FinedeepConfig) -> _DenseForm:
+    """By the receipt, where there is one. Raises `ConversionError` where tensors or receipt are another model's."""
     receipt = read_receipt(held.folder) if (held.folder / RECEIPT).is_file() else None
-    family_name, fields, options = _dense_form(held, config, receipt)
-    family = FAMILIES[family_name]
+    family_name, fields, options = _family_and_fields(held, config, receipt)
     try:
         dense_config = family_config(family_name, harmless(fields))
-        wanted = {target.name: target.shape for target in targets(family, dense_config, config, mode="split")}
+        found = targets(FAMILIES[family_name], dense_config, config, mode="split")
     except ConversionError:
         raise
     except Exception as error:  # the fields are a stranger's
         raise ConversionError(f"{held.folder} has no configuration that works: {one_line(error)}") from error
-    check_tensors(held, config, wanted)
+    check_tensors(held, config, {target.name: target.shape for target in found})
     try:
-        neurons = _orders(held, config, options, dense_config.intermediate_size) if options is not None else None
+        orders = _orders(held, config, options, dense_config.intermediate_size) if options is not None else None
     except ConversionError:
         raise
     except Exception as error:
         raise _no_receipt(held, error) from error
-    _check_routers(held)
-    if neurons is not None and not _padding_is_silent(held, neurons):
-        warnings.warn(
-            f"{held.folder}: its padding neurons have learnt something, and stay: intermediate_size is "
-            f"{config.intermediate_size}, not {dense_config.intermediate_size} as in the model that it was made of.",
-            stacklevel=2,
-        )
-        neurons = [_padding_last(order, dense_config.intermediate_size) for order in neurons]
-        dense_config.intermediate_size = fields["intermediate_size"] = config.intermediate_size
-    shapes = dense_shapes(dense_config)
-    where = pieces(family, dense_config, shapes)
-    parts: dict[str, list[tuple[str, Piece]]] = {}
-    for name, piece in where.items():
-        parts.setdefault(piece.stored, []).append((name, piece))
-    dtype_of = {stored: held.tensors[_ours(names[0][0])].dtype for stored, names in parts.items()}
-    shards = plan_shards([Entry(name, shapes[name], dtype_of[name]) for name in shapes], parse_size(max_shard_size))
-    nbytes = sum(shard.nbytes for shard in shards)
-    check_room(work, nbytes)
-    plan = {"source": str(held.folder.resolve()), "shards": [[shard.file_name, shard.nbytes] for shard in shards]}
-    bar = tqdm(total=nbytes, desc="Exporting", unit="B", unit_scale=True, disable=None if progress else True)
-    contents = Contents("export", (*(shard.file_name for shard in shards), INDEX, "config.json", *COMPANIONS))
-    with whole_folder(work, contents, plan) as folder, bar:
-        with FolderWriter(folder, shards) as writer:
-            for entry in (entry for shard in shards for entry in shard.entries):
-                rows = [_dense_tensor(held, name, neurons) for name, _ in sorted(parts[entry.name], key=_start)]
-                writer.write(entry.name, torch.cat(rows) if len(rows) > 1 else rows[0])
-                bar.update(entry.nbytes)
-        write_index(folder, shards)
-        fields["torch_dtype" if "torch_dtype" in fields else "dtype"] = str(held.dtype).removeprefix("torch.")
-        content = {"architectures": [_architecture(family_name)], "model_type": family_name, **fields}
-        (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        for file in held.companions():
-            copy_companion(file, held.folder, folder)
-    return work.destination
+    return _DenseForm(family_name, fields, dense_config, orders, config.intermediate_size)
 
 
-def _start(part: tuple[str, Piece]) -> int:
-    return part[1].start
+def _parts(form: _DenseForm) -> dict[str, list[str]]:
+    """Name of each stored dense tensor -> Llama's names of what is in it, from the first row on."""
+    parts: dict[str, list[tuple[int, str]]] = {}
+    for name, piece in pieces(FAMILIES[form.family_name], form.config, dense_shapes(form.config)).items():
+        parts.setdefault(piece.stored, []).append((piece.start, name))
+    return {stored: [name for _, name in sorted(found)] for stored, found in parts.items()}
+
+
+def _write_beside(folder: Path, held: DenseCheckpoint, form: _DenseForm, shards: list[Shard]) -> None:
+    """All that lies beside the weights."""
+    write_index(folder, shards)
+    fields = form.fields
+    fields["torch_dtype" if "torch_dtype" in fields else "dtype"] = str(held.dtype).removeprefix("torch.")
+    content = {"architectures": [_architecture(form.family_name)], "model_type": form.family_name, **fields}
+    write_json(folder / "config.json", content)
+    for file in held.companions():
+        copy_companion(file, held.folder, folder)
 
 
 def _architecture(family_name: str) -> str:
@@ -168,7 +191,7 @@ def _check_routers(held: DenseCheckpoint) -> None:
         )
 
 
-def _dense_form(
+def _family_and_fields(
     held: DenseCheckpoint, config: FinedeepConfig, receipt: Mapping[str, Any] | None
 ) -> tuple[str, dict[str, Any], Options | None]:
     """The family, its configuration's fields, and, where there is a receipt, the options of the conversion."""

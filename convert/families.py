@@ -2,14 +2,14 @@
 
 A family's tensors are named as Llama's are, but for projections that it stores fused. Fields of Llama's configuration
 keep their values; the table says where a family differs. To add a family, add an entry, and its smallest config to
-`tests/test_families.py`.
+`tests/convert/test_families.py`.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import ConversionError
+from finedeep_files.errors import ConversionError
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")

@@ -10,24 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finedeep_files.conversion_options import MODES, Options
+from finedeep_files.errors import ConversionError, one_line
+from finedeep_files.hashing import sha256
+from finedeep_files.shards import Entry, Shard, plan_shards
+from finedeep_files.sizes import parse_size, size
 from transformers import LlamaConfig, PretrainedConfig
 
 from ..configuration_finedeep import FinedeepConfig
-from .errors import ConversionError, check_seed, check_whole_number, one_line
+from .assignment import Layer, layer_generator
 from .families import FAMILIES, Family
-from .hashing import sha256
-from .kinds import check_kind
-from .mapping import RECOMPUTED, Target, dense_shapes, family_config, pieces, some, targets
-from .neurons import ASSIGNMENTS, Layer, layer_generator
-from .shards import Entry, Shard, parse_size, plan_shards, size
 from .source import DenseCheckpoint
+from .tensor_mapping import Target, dense_shapes, family_config, pieces, some, targets
+from .validation import check_layers, check_numbers, check_options, check_tensors
 
 Measure = Callable[[], torch.Tensor]
-MODES = {
-    "split": "the dense neurons are shared by all sub-layers: the same size",
-    "grow": "sub-layer 1 has the dense neurons, new ones start with a zero W_down: exact for any M, and larger",
-}
-MEASURED = ("activity", "nonlinearity")  # assignments that need a text
 MUCH_PADDING = 0.1  # of the FFN's width
 CAST = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Fields of a dense config that belong to the folder it came from or to its classes, not to the model.
@@ -48,58 +45,6 @@ NOT_INHERITED = {
     "torch_dtype",
 }
 ROPE_FIELDS = {"rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings"}
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the user asked for. The fields of the receipt's `options`, with which the same bytes can be made again."""
-
-    num_expert_sublayers: int = 2
-    num_experts_per_sublayer: int = 8
-    routing_input: str = "expert_output"
-    routing_function: str = "sigmoid"
-    mode: str = "split"
-    assignment: str | None = None
-    text: str | None = None
-    calibrate: str | None = None
-    calibration_tokens: int = 262_144
-    calibration_steps: int = 400
-    seed: int = 0
-    dtype: str = "keep"
-    max_shard_size: str = "5GB"
-
-    def __post_init__(self) -> None:
-        not_measured = self.calibrate is not None and self.exact and self.text is None
-        if self.assignment is None or (self.assignment in MEASURED and not_measured):
-            object.__setattr__(self, "assignment", "nonlinearity" if self.calibrates else "contiguous")
-
-    @property
-    def exact(self) -> bool:
-        """Whether the logits will equal the dense model's whatever else is asked for."""
-        return self.num_expert_sublayers == 1 or self.mode == "grow"
-
-    @property
-    def calibrates(self) -> bool:
-        """Whether there is something to calibrate, and the user wants it."""
-        return self.calibrate is not None and not self.exact
-
-    def check(self) -> None:
-        """Raise `ConversionError` for an option that cannot be met."""
-        known = {"mode": MODES, "assignment": ASSIGNMENTS, "dtype": CAST}
-        for field, values in known.items():
-            if getattr(self, field) not in values:
-                raise ConversionError(
-                    f"{field}={getattr(self, field)!r} is not known; known are: {', '.join(map(repr, values))}."
-                )
-        if self.assignment == "activity" and self.text is None and not self.calibrates:
-            raise ConversionError("assignment 'activity' measures on a text; name one (--assignment-text, or text=).")
-        if self.assignment == "nonlinearity" and not self.calibrates:
-            raise ConversionError("assignment 'nonlinearity' is measured in calibration; add --calibrate (calibrate=).")
-        least = {"num_expert_sublayers": 1, "num_experts_per_sublayer": 1, "calibration_tokens": 1}
-        for field, value in {**least, "calibration_steps": 0}.items():
-            check_whole_number(field, getattr(self, field), value)
-        check_seed(self.seed)
-        parse_size(self.max_shard_size)
 
 
 @dataclass(frozen=True)
@@ -174,7 +119,7 @@ class Plan:
     def memory(self) -> int:
         """Bytes of weights and activations in memory at a time, roughly: a tensor as it is read and as it is written.
 
-        Calibration has, in float32, five residual streams and a layer nine times (dense, three rungs, the best so far,
+        Calibration has, in float32, five residual streams and a layer nine times (dense, three stages, the best so far,
         gradients, two moments of AdamW, and as it is read), beside the embeddings; `self` has the dense model before,
         as has the assignment by activity.
         """
@@ -240,13 +185,13 @@ def make_plan(dense: DenseCheckpoint, options: Options) -> Plan:
     Raises:
         ConversionError: the checkpoint cannot be converted, or not as asked.
     """
-    options.check()
+    check_options(options)
     family_name, dense_config, shapes = _read_config(dense)
     family = FAMILIES[family_name]
     check_tensors(dense, dense_config, shapes)
     try:
         config = finedeep_config(dense_config, family, options)
-        _check_numbers(config)
+        check_numbers(config)
         found = targets(family, dense_config, config, options.mode)
     except ConversionError:
         raise
@@ -310,53 +255,6 @@ def _read_config(dense: DenseCheckpoint) -> tuple[str, PretrainedConfig, dict[st
 def harmless(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a stranger's configuration without those of which transformers makes whatever they say."""
     return {key: value for key, value in fields.items() if key not in NOT_INHERITED - {"intermediate_size"}}
-
-
-def check_layers(held: DenseCheckpoint, fields: Mapping[str, Any], path: Path) -> None:
-    """Raise `ConversionError` for a configuration of more layers than there can be, before anything is made of it."""
-    layers = fields.get("num_hidden_layers")
-    if layers is not None and not (isinstance(layers, int) and 0 < layers <= len(held.tensors)):
-        raise ConversionError(
-            f"{path} has num_hidden_layers {layers!r}; the checkpoint holds {len(held.tensors)} tensors, and each "
-            "layer has several. Checkpoint and config do not belong together."
-        )
-
-
-def _check_numbers(config: FinedeepConfig) -> None:
-    """What some versions of transformers take as it comes, and fail on much later."""
-    for field in ("rms_norm_eps", "initializer_range", "attention_dropout", "max_position_embeddings"):
-        value = getattr(config, field)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ConversionError(f"config.json has {field}={value!r}; a number is wanted.")
-
-
-def check_tensors(dense: DenseCheckpoint, config: PretrainedConfig, wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Every tensor that the config asks for is there with its shape, and no other."""
-    check_kind(dense, wanted)
-    missing = [name for name in wanted if name not in dense.tensors]
-    if missing:
-        raise ConversionError(f"{dense.folder} lacks {some(missing)}, which its config.json asks for.")
-    for name, shape in wanted.items():
-        if dense.tensors[name].shape != shape:
-            raise ConversionError(
-                f"{dense.tensors[name].file}: tensor {name} has shape {list(dense.tensors[name].shape)}; "
-                f"its config.json asks for {list(shape)}. Checkpoint and config do not belong together."
-            )
-    unknown = sorted(name for name in dense.tensors if name not in wanted and not name.endswith(RECOMPUTED))
-    if unknown == ["lm_head.weight"] and config.tie_word_embeddings:
-        if torch.equal(dense.load("lm_head.weight"), dense.load("model.embed_tokens.weight")):
-            return
-        raise ConversionError(
-            f"{dense.folder} ties lm_head.weight to the embeddings (tie_word_embeddings is true), but holds another "
-            "lm_head.weight. Set tie_word_embeddings to false in its config.json if that weight is the right one."
-        )
-    if unknown:
-        are_biases = all(name.endswith(".bias") for name in unknown)
-        biases = " attention_bias or mlp_bias is missing from the config." if are_biases else ""
-        raise ConversionError(
-            f"{dense.folder} holds {some(unknown)}, which a {config.model_type} model with its config.json does not "
-            f"have.{biases}"
-        )
 
 
 def options_from(fields: Mapping[str, Any]) -> Options:

@@ -6,24 +6,26 @@ The same source, options and versions give the same receipt and the same weights
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from finedeep_files.errors import ConversionError
+from finedeep_files.hashing import sha256
+from finedeep_files.json_files import read_json, write_json
+from finedeep_files.masking import masked
+from finedeep_files.versions import versions
 from finedeep_files.whole_file import write_whole
+from huggingface_hub import ModelCard
 
-from .card import RECEIPT, licence_of
-from .errors import ConversionError
-from .hashing import sha256
-from .masking import masked
-from .neurons import PADDING
+from .assignment import PADDING
 from .plan import Plan
-from .source import read_json
+from .source import CARD
 
+RECEIPT = "finedeep_conversion.json"
 # No safetensors file: vLLM, for one, takes every one that lies beside the weights for weights.
 NEURONS = "finedeep_neurons.json"
-PACKAGES = ("finedeep", "transformers", "torch", "safetensors")
+LICENCE_FIELDS = ("license", "license_name", "license_link")
 
 
 def write_receipt(
@@ -32,7 +34,6 @@ def write_receipt(
     source: str,
     revision: str | None,
     hashes: dict[str, str],
-    differences: Sequence[float],
     calibration: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `finedeep_conversion.json`.
@@ -43,7 +44,6 @@ def write_receipt(
         source: the Hub id, or the source folder's name.
         revision: the commit of a Hub source.
         hashes: SHA-256 of each source file.
-        differences: for each layer, ||cut - dense|| / ||dense|| of the FFN's output on the probe batch.
         calibration: what `Calibration.record` says.
     """
     text = plan.options.text
@@ -61,11 +61,19 @@ def write_receipt(
         "exact": plan.exact,
         "padded_neurons": plan.padded_neurons,
         "parameters": {"dense": plan.dense_parameters, "finedeep": plan.finedeep_parameters},
-        "relative_ffn_difference": [float(f"{difference:.2e}") for difference in differences],
         "calibration": calibration,
         "versions": versions(),
     }
-    write_json(folder / RECEIPT, receipt)
+    write_json(folder / RECEIPT, masked(receipt))
+
+
+def licence_of(folder: Path) -> dict[str, str]:
+    """What the card of a checkpoint says of its licence: some of license, license_name and license_link."""
+    try:
+        data = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.to_dict()
+    except Exception:  # no card, or one that is no card: a stranger's file
+        return {}
+    return {field: data[field] for field in LICENCE_FIELDS if isinstance(data.get(field), str)}
 
 
 def without_place(value: Any) -> Any:
@@ -76,21 +84,6 @@ def without_place(value: Any) -> Any:
     if Path(value).exists():
         return Path(value).absolute().name
     return f"{Path(name).absolute().name}{colon}{rest}" if Path(name).exists() else value
-
-
-def versions(*others: str) -> dict[str, str]:
-    """Of the packages that decide what is made, and of others."""
-    return {package: version(package) for package in (*PACKAGES, *others)}
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON for people to read, with secrets masked."""
-    path.write_bytes(as_json(masked(content)))
-
-
-def as_json(content: Mapping[str, Any]) -> bytes:
-    """JSON for people to read."""
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def read_receipt(path: Path) -> dict[str, Any]:

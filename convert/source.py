@@ -1,6 +1,5 @@
 """Read a dense checkpoint: its config, its safetensors headers, its tensors one by one. Never its code or pickles."""
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -10,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finedeep_files.errors import ConversionError
 from finedeep_files.inputs import check_model
+from finedeep_files.json_files import read_json
+from finedeep_files.loading_bars import without_loading_bars
+from finedeep_files.shards import DTYPES, INDEX, WEIGHTS, Entry
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
 from ..configuration_finedeep import FinedeepConfig
-from .errors import ConversionError
 from .families import check_family
-from .loading_bars import without_loading_bars
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 TOKENIZER_CONFIG = "tokenizer_config.json"
 MORE_TEMPLATES = "additional_chat_templates/*.jinja"  # beside the default, as transformers saves them
@@ -44,26 +43,10 @@ COMPANIONS = (
     "USE_POLICY*",
 )
 ADAPTER = "adapter_config.json"
+CARD = "README.md"
 OURS = "finedeep_*"  # receipts of a converted model
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# More than any real configuration, index or tokenizer has; json needs some ten times as much memory.
-MAX_JSON_BYTES = 200 * 10**6
 SHARD_NAME = re.compile(r"[\w-][\w.-]{0,200}\.safetensors")
 Check = Callable[[Mapping[str, Any], str], None]
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor is and what it looks like, as the file's header says."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -72,7 +55,7 @@ class DenseCheckpoint:
 
     folder: Path
     config: dict[str, Any]
-    tensors: dict[str, TensorInfo]
+    tensors: dict[str, Entry]
 
     @property
     def files(self) -> list[Path]:
@@ -112,12 +95,6 @@ class DenseCheckpoint:
                 "are wanted. The checkpoint is damaged: get it again or repair it."
             )
         return tensor
-
-    def load_rows(self, name: str, rows: list[int]) -> torch.Tensor:
-        """Read some rows of a tensor."""
-        with _opened(self.tensors[name].file) as file:
-            part = file.get_slice(name)
-            return torch.cat([part[row : row + 1] for row in rows])
 
     def companions(self) -> Iterator[Path]:
         """Tokenizer, generation config, chat template and licence files."""
@@ -164,7 +141,7 @@ def open_checkpoint(source: str | Path, revision: str | None = None, check: Chec
     path = inside(folder, folder / "config.json")
     config = read_json(path, "the model's configuration")
     check(config, str(path))
-    tensors: dict[str, TensorInfo] = {}
+    tensors: dict[str, Entry] = {}
     for path, listed in _weight_files(folder).items():
         with _opened(path) as file:
             names = set(file.keys())
@@ -181,7 +158,7 @@ def open_checkpoint(source: str | Path, revision: str | None = None, check: Chec
                         f"{path}: tensor {name} has dtype {part.get_dtype()}; {', '.join(DTYPES)} can be converted. "
                         "Convert an unquantised checkpoint."
                     )
-                tensors[name] = TensorInfo(path, tuple(part.get_shape()), DTYPES[part.get_dtype()])
+                tensors[name] = Entry(name, tuple(part.get_shape()), DTYPES[part.get_dtype()], path)
     checkpoint = DenseCheckpoint(folder, config, tensors)
     for file in checkpoint.companions():  # what is wrong with them shows now, not when all the work is done
         if file.name == TOKENIZER_CONFIG:
@@ -203,7 +180,7 @@ def _local_folder(source: str | Path, revision: str | None, check: Check) -> Pat
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
 
     try:
-        folder = fetch(["config.json", ADAPTER, "README.md", INDEX, *COMPANIONS, OURS], revision)
+        folder = fetch(["config.json", ADAPTER, CARD, INDEX, *COMPANIONS, OURS], revision)
         check_no_adapter(folder)
         check(read_json(folder / "config.json", "the model's configuration"), str(source))
         # Not "*.safetensors": some repositories have all weights in another form too.
@@ -281,21 +258,6 @@ def load_dense(folder: Path, config: PretrainedConfig) -> PreTrainedModel:
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
             folder, config=config, dtype="auto", use_safetensors=True
         )
-
-
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Read a JSON object. Raises `ConversionError` where the file is missing or holds anything else."""
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ConversionError(f"{path} has {path.stat().st_size / 1e6:.0f} MB; {what} is wanted, which is small.")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ConversionError(f"{path} is missing: {what} is wanted beside the weights.") from None
-    except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{path} is not valid JSON ({error}); {what} is wanted.") from None
-    if not isinstance(content, dict):
-        raise ConversionError(f"{path} holds a {type(content).__name__}; a JSON object with {what} is wanted.")
-    return content
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Whether two tokenizers give the same tokens, and that a converted model's gives what its dense model's did."""
+"""The tokenizer of a converted model, which gives the tokens that its dense model's gives."""
 
 import json
 import tempfile
@@ -7,26 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from finedeep_files.whole_file import write_whole
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from finedeep_files.json_files import read_json, write_json
+from finedeep_files.tokenizers import first_difference, load_tokenizer
+from transformers import PreTrainedTokenizerBase
 
-from .source import TOKENIZER_CONFIG, companions_in, read_json
+from .source import TOKENIZER_CONFIG, companions_in
 
-# What tokenizers like to differ in: spaces, case, digits, accents, other scripts, line ends, how a text begins, ...
-PROBE = "Once upon a time, in 2024 - naïve Ünïcode; 東京 и Москва!\n\n  def f(x): return x ** 2\t# 3.14159"
-BEGINNINGS = ("", " ", " = ", "\n", "\t")
-MOST_SPECIAL = 16
 # What AutoTokenizer may want of config.json.
 WANTED = ("model_type", "tokenizer_class", "transformers_version")
 AS_THE_FILE = {"TokenizersBackend": "PreTrainedTokenizerFast"}  # the name that transformers 4 knows too
-
-
-def first_difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
-    """A text that the two do not split into the same tokens, where one is found."""
-    special = sorted(getattr(one, "get_added_vocab", dict)())[:MOST_SPECIAL]  # not all classes have it
-    around = [f"Hello{token}\nHi{token} you {token}" for token in special]  # ... and what follows a special token
-    texts = [*(f"{beginning}{PROBE}" for beginning in BEGINNINGS), *around]
-    return next((text for text in texts if one(text)["input_ids"] != other(text)["input_ids"]), None)
 
 
 def keep_tokens(source: Path, folder: Path, vocabulary: int) -> None:
@@ -62,7 +51,7 @@ def _keep_tokens(source: Path, folder: Path, vocabulary: int) -> None:
     named = {**known, "tokenizer_class": AS_THE_FILE.get(name, name), "model_input_names": before.model_input_names}
     every_version_knows = known.get("tokenizer_class") not in (None, *AS_THE_FILE)
     for content in (known, named) if every_version_knows else (named, known):
-        write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write_json(path, content)
         after = _loaded(folder)
         if after is not None and first_difference(before, after) is None:
             return
@@ -75,13 +64,13 @@ def _keep_tokens(source: Path, folder: Path, vocabulary: int) -> None:
     )
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """AutoTokenizer's for a stranger's folder: no code is run, and config.json takes no more than its size.
+def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a stranger's folder: no code is run, and config.json takes no more than its size.
 
     Raises whatever transformers raises where there is none; it differs by version.
     """
     with _alone(folder) as alone:
-        return AutoTokenizer.from_pretrained(alone, trust_remote_code=False)
+        return load_tokenizer(alone)
 
 
 @contextmanager
@@ -104,6 +93,6 @@ def _alone(folder: Path) -> Iterator[Path]:
 
 def _loaded(folder: Path) -> PreTrainedTokenizerBase | None:
     try:
-        return load_tokenizer(folder)
+        return tokenizer_of(folder)
     except Exception:  # what is raised where there is none differs by version
         return None

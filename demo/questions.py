@@ -4,11 +4,11 @@ import json
 import random
 from pathlib import Path
 
-from ..eval.local_tasks import write_task
+from ..eval.scoring.local_tasks import write_task
 from .world import RELATIONS, World
 
 CHOICES = 4
-# task -> kind of `finedeep.eval.local_tasks`
+# task -> kind of `finedeep.eval.scoring.local_tasks`
 TASKS = {
     "demo_choice": "multiple_choice",
     "demo_last_word": "last_word",

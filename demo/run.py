@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
+from finedeep_files.errors import ConversionError, check_seed
+from finedeep_files.working_folder import WorkingFolder
 from transformers.utils import logging
 
 from ..convert import convert_checkpoint
-from ..convert.destination import working_folder
-from ..convert.errors import check_seed
 from ..eval import evaluate, side_by_side
-from ..eval.harness import require_harness
+from ..eval.scoring.harness import require_harness
 from .dense import train_dense
 from .questions import write_tasks
 from .world import World
@@ -30,11 +30,11 @@ def run_demo(output: str | Path, *, seed: int = 0, steps: int = 300) -> str:
         EvaluationError: lm-eval is not installed.
     """
     require_harness()
-    from ..eval.comparison import compare, sentence_of  # which need what has just been looked for
+    from ..eval.compare.comparison import compare, sentence_of  # which need what has just been looked for
 
     check_seed(seed, 31)  # 32 bits are what NumPy takes, and the questions have the next one
     output = Path(output)
-    working_folder(output).check()
+    WorkingFolder(output, ConversionError).check()
     logging.disable_progress_bar()  # loading takes no time here
 
     world = World.from_seed(seed)

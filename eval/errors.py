@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from finedeep_files.errors import one_line
 
 
 class EvaluationError(ValueError):
@@ -13,5 +14,5 @@ def cannot_load(model: str | Path, error: Exception) -> EvaluationError:
     """What to say where a model could not be loaded or run, for whatever reason."""
     if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
         return EvaluationError(f"there is no memory for {model}; a smaller --dtype or more of it is wanted.")
-    said = " ".join(str(error).split())[:400]
+    said = one_line(error)
     return EvaluationError(f"{model} cannot be loaded as a causal language model ({type(error).__name__}: {said}).")

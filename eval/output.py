@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-from finedeep_files.working_folder import Contents, WorkingFolder
-
-from ..convert.card import COMPARISON
-from .errors import EvaluationError
+from finedeep_files.names import COMPARISON
+from finedeep_files.working_folder import Contents
 
 LIST = "finedeep_results.json"  # of all files that were written
 INSPECTION, PAGE, MARKDOWN = "inspection.json", "report.html", "comparison.md"
@@ -21,11 +19,6 @@ EVALUATED = Contents(
     receipt=LIST,
 )
 INSPECTED = Contents(command="inspect", result=(INSPECTION, *FIGURES, LIST), receipt=LIST)
-
-
-def working_folder(output: str | Path, *, resume: bool | None = None, overwrite: bool = False) -> WorkingFolder:
-    """A folder for results, with the hidden one beside it. It raises `EvaluationError`."""
-    return WorkingFolder(Path(output), EvaluationError, resume, overwrite)
 
 
 def name_of(model: str | Path) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 
 import from_checkout  # noqa: F401
 import yaml
-from finedeep.eval.inspection import inspect
+from finedeep.eval.inspect.inspection import inspect
 from finedeep_files.whole_file import write_whole
 from recipe import Changes, runs_of
 from tqdm import tqdm

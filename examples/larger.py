@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finedeep.eval.inspection import TAU
-from finedeep.eval.table import aligned_markdown
+from finedeep.eval.compare.table import aligned_markdown
+from finedeep.eval.inspect.recorder import TAU
 from recipe import slug
 
 BASELINES = {"dense": "dense", "dense-sandwich-norm": "dense, sandwich norm"}

@@ -4,7 +4,7 @@
 
 converts CHECKPOINT, calibrates and compresses dense and converted models under each recipe on the first half of TEXT,
 loads what was saved again, measures its loss on the second half in windows of 512 tokens, and prints the Markdown table
-that the README shows; --update writes it there. It runs on a CPU, but for AWQ. llm-compressor is not a dependency of
+of docs/quantise.md; --update writes it there. It runs on a CPU, but for AWQ. llm-compressor is not a dependency of
 this project: `make test-programs` says how it is installed.
 """
 
@@ -16,7 +16,7 @@ import torch
 import transformers
 from compressed_tensors.quantization import QuantizationScheme
 from datasets import Dataset
-from finedeep.benchmarks.readme import put_into_readme
+from finedeep.benchmarks.documents import put_table
 from finedeep.convert import convert_checkpoint
 from finedeep.convert.quantiser_mappings import mappings_of
 from llmcompressor import oneshot
@@ -121,7 +121,7 @@ def main() -> None:
     table = "\n".join(["| recipe | model | loss | over none |", "| --- | --- | ---: | ---: |", *lines])
     print(table)
     if arguments.update:
-        put_into_readme("llm-compressor", table)
+        put_table("llm-compressor", table)
 
 
 if __name__ == "__main__":

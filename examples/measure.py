@@ -11,11 +11,11 @@ WINDOW = 512
 
 
 def arguments_of(description: str) -> argparse.Namespace:
-    """The command line of a script that measures a checkpoint on a text and can write its table into README.md."""
+    """The command line of a script that measures a checkpoint on a text and can write its table into the documents."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
     parser.add_argument("text", type=Path)
-    parser.add_argument("--update", action="store_true", help="write the table into README.md")
+    parser.add_argument("--update", action="store_true", help="write the table into the document that shows it")
     return parser.parse_args()
 
 

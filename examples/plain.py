@@ -19,8 +19,8 @@ from typing import Any
 
 import from_checkout  # noqa: F401
 import torch
-from finedeep.eval.activity import places_of, watch
-from finedeep.eval.inspection import summary_of
+from finedeep.eval.inspect.inspection import summary_of
+from finedeep.eval.inspect.recorder import places_of, watch
 from fresh_model import model_of
 from optimisation import groups_of
 from packed import Packed, texts_to_train_and_measure_on

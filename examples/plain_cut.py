@@ -3,7 +3,7 @@
     python examples/plain_cut.py CHECKPOINT TEXT
 
 converts CHECKPOINT with several (M, K), measures each on TEXT in windows of 512 tokens, and prints the Markdown table
-that the README shows; --update writes it there.
+of docs/limits.md; --update writes it there.
 """
 
 import tempfile
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import finedeep  # noqa: F401  (registers the model)
 import transformers
-from finedeep.benchmarks.readme import put_into_readme
+from finedeep.benchmarks.documents import put_table
 from finedeep.convert import convert_checkpoint
 from measure import arguments_of, mean_loss, text_windows
 from transformers import AutoModelForCausalLM
@@ -39,7 +39,7 @@ def main() -> None:
     table += "\n".join(f"| {name} | {loss:.4f} | {loss - dense:+.4f} |" for name, loss in rows)
     print(table)
     if arguments.update:
-        put_into_readme("plain-cut", table)
+        put_table("plain-cut", table)
 
 
 if __name__ == "__main__":

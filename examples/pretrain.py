@@ -19,7 +19,7 @@ from typing import Any
 
 import from_checkout  # noqa: F401
 import torch
-from finedeep.convert.training_checkpoints import ArgumentsWithoutSecrets, train_to_the_end
+from finedeep.convert.heal.training_checkpoints import ArgumentsWithoutSecrets, train_to_the_end
 from fresh_model import model_of
 from optimisation import groups_of
 from packed import texts_to_train_and_measure_on

@@ -3,7 +3,7 @@
     python examples/quantisation.py CHECKPOINT TEXT
 
 converts CHECKPOINT, loads dense and converted models under each recipe, measures size and loss on TEXT in windows of
-512 tokens, and prints the Markdown table that the README shows; --update writes it there. It runs on a CPU.
+512 tokens, and prints the Markdown table of docs/quantise.md; --update writes it there. It runs on a CPU.
 """
 
 import logging
@@ -15,7 +15,7 @@ from pathlib import Path
 import finedeep  # noqa: F401  (registers the model)
 import torch
 import transformers
-from finedeep.benchmarks.readme import put_into_readme
+from finedeep.benchmarks.documents import put_table
 from finedeep.convert import convert_checkpoint
 from measure import arguments_of, mean_loss, text_windows
 from torch import nn
@@ -127,7 +127,7 @@ def main() -> None:
     table += "\n".join(lines)
     print(table)
     if arguments.update:
-        put_into_readme("quantisation", table)
+        put_table("quantisation", table)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,11 @@ from typing import Any
 
 import from_checkout  # noqa: F401
 import yaml
-from finedeep.benchmarks.readme import README, put_into_readme
-from finedeep.eval.activity import EDGES
-from finedeep.eval.inspection import TAU
-from finedeep.eval.plots import STYLE, activations
-from finedeep.eval.scores import Score
-from finedeep.eval.table import aligned_markdown
+from finedeep.benchmarks.documents import put_table
+from finedeep.eval.compare.scores import Score
+from finedeep.eval.compare.table import aligned_markdown
+from finedeep.eval.inspect.plots import STYLE, activations
+from finedeep.eval.inspect.recorder import EDGES, TAU
 from larger import read_larger, tables_of_larger
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -120,14 +119,13 @@ def main() -> None:
     groups = groups_of(read(path) for path in sorted(LOGS.glob("*/*/*.jsonl")))
     grid = yaml.safe_load(GRID.read_text(encoding="utf-8"))
     for mark, table in tables_of(groups, grid["tables"]).items():
-        put_into_readme(mark, table, PAGE)
+        put_table(mark, table, PAGE)
     larger = tables_of_larger(read_larger(LOGS))
     for mark, table in larger.items():
-        put_into_readme(mark, table, PAGE)
-    put_into_readme("claim", larger["verdicts"], README)
-    put_into_readme("rates", rates_of_models(groups, grid["rates"]), PAGE)
-    put_into_readme("tasks", tasks_of(json.loads(TASKS.read_text(encoding="utf-8"))), PAGE)
-    put_into_readme("small", "\n".join(claim_of(groups, claim) for claim in grid["claims"]), PAGE)
+        put_table(mark, table, PAGE)
+    put_table("rates", rates_of_models(groups, grid["rates"]), PAGE)
+    put_table("tasks", tasks_of(json.loads(TASKS.read_text(encoding="utf-8"))), PAGE)
+    put_table("small", "\n".join(claim_of(groups, claim) for claim in grid["claims"]), PAGE)
     with rc_context(STYLE):
         curves(groups, grid["curves"]).savefig(CURVES, metadata={"Date": None})
         histograms(groups, grid["histograms"]).savefig(HISTOGRAMS, metadata={"Date": None})

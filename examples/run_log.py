@@ -9,8 +9,8 @@ import from_checkout  # noqa: F401
 import torch
 import transformers
 from finedeep import __version__
-from finedeep.convert.masking import masked
-from finedeep.eval.cost import flops
+from finedeep.eval.report.cost import flops
+from finedeep_files.masking import masked
 from finedeep_files.whole_file import write_whole
 from recipe import Recipe, without_folders
 from transformers import PreTrainedModel

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 RECEIPTS = "finedeep_*.json"
 LISTED = "files"  # a receipt's field: the paths of all files that were made, relative to the folder
+COMPARISON = "comparison.json"  # of an evaluation's folder, from which a model card is made
 SCRATCH = re.compile(r"\.?(.+?)(\.\d+)?\.(new|unfinished)")  # of a file that is being written
 
 

@@ -1,11 +1,21 @@
 """Write a file completely or not at all."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_whole(path: Path, text: str) -> Path:
-    """Write a file beside its place, each process under a name of its own, then move it there. Returns the path."""
+@contextmanager
+def scratch_of(path: Path) -> Iterator[Path]:
+    """A path beside a file's place, each process with one of its own, from which it is moved there at the end."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}.new")
-    scratch.write_text(text, encoding="utf-8")
-    return scratch.replace(path)
+    yield scratch
+    scratch.replace(path)
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Write a text, in UTF-8. Returns the path."""
+    with scratch_of(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+    return path

@@ -15,14 +15,17 @@ overwritten, by the list of files in its receipt.
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .json_files import write_json
 from .lock import locked
 from .names import LISTED, RECEIPTS, Listed, Names, entries, is_scratch, remove_named, strangers
+from .sizes import size
 from .sync import sync_folder, sync_tree
 from .whole_file import write_whole
 
@@ -103,6 +106,17 @@ class WorkingFolder:
         except OSError as error:
             raise self.error(f"{self.destination} cannot be used ({error.strerror}); name another folder.") from error
 
+    def check_room(self, wanted: int) -> None:
+        """Raise `error` where the disk has less room than `wanted` bytes, beside what a stopped run left."""
+        place = next(parent for parent in [self.path, *self.path.parents] if parent.exists())
+        left = sum(path.lstat().st_blocks * 512 for path in self.path.rglob("*")) if self.path.is_dir() else 0
+        room = shutil.disk_usage(place).free + left
+        if room < wanted:
+            self._refuse(
+                f"{self.destination} needs {size(wanted)} of disk, and {size(room)} are free. Make room or name a "
+                "folder on another disk."
+            )
+
     @contextmanager
     def begun(self, contents: Contents, plan: Mapping[str, Any]) -> Iterator[Path]:
         """Give `result` to write in, and move it to the destination at the end.
@@ -115,7 +129,8 @@ class WorkingFolder:
             plan: what decides the result, as JSON: another run continues only from the same.
 
         Raises:
-            error: as `check` does; or another run is at work, the plan is another one, or there is no permission.
+            error: as `check` does; or another run is at work, the plan is another one, or there is no permission or no
+                room.
         """
         wanted = _Plan(
             contents.command,
@@ -137,6 +152,11 @@ class WorkingFolder:
             try:
                 yield self.result
             except BaseException as error:
+                if _is_of_the_disk(error):
+                    said = f"{self.destination} could not be written ({error}). Make room or name another folder."
+                    refusal = self.error(said)
+                    self._leave(wanted, refusal)
+                    raise refusal from error
                 self._leave(wanted, error)
                 raise
             self._finish(contents, wanted)
@@ -322,7 +342,7 @@ class WorkingFolder:
         known = json.loads(receipt.read_text(encoding="utf-8")) if receipt.exists() else {}
         paths = {relative for relative, path in entries(self.result) if path.is_file()}
         known[LISTED] = sorted({*paths, receipt.name})
-        write_whole(receipt, json.dumps(known, indent=2, ensure_ascii=False) + "\n")
+        write_json(receipt, known)
 
     def _remove_files(self, plan: _Plan) -> None:
         """Remove what the plan names, and what was replaced."""
@@ -344,6 +364,13 @@ class WorkingFolder:
         for name in (PLAN, LOCK):
             (self.path / name).unlink(missing_ok=True)
         self.path.rmdir()
+
+
+def _is_of_the_disk(error: BaseException) -> bool:
+    """Whether the system refused something with a file. (A connection that breaks is an `OSError` too.)"""
+    return (
+        isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError | TimeoutError)
+    )
 
 
 def _own(plan: _Plan) -> Names:

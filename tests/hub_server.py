@@ -80,8 +80,9 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests.append((self.command, path))
         for method, pattern, handle in ROUTES:
             if self.command in method and (match := re.fullmatch(pattern, path)):
-                if "POST" in method and self.headers.get("Authorization") != f"Bearer {TOKEN}":
-                    return self.refuse(401, "Unauthorized", "Invalid user token.")
+                token = self.headers.get("Authorization")
+                if token not in (None, f"Bearer {TOKEN}") or ("POST" in method and not token):
+                    return self.refuse(401, "Unauthorized", "Invalid credentials in Authorization header")
                 return handle(self, content, **match.groupdict())
         return self.refuse(404, "EntryNotFound", f"no such address: {path}")
 

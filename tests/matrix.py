@@ -1,8 +1,9 @@
 """Every supported version of transformers: python tests/matrix.py [--only VERSION] [--update].
 
 For each version it builds an environment under .matrix/ (once), runs the fast tests and transformers' own model tests,
-and loads what every other version has written. It prints a Markdown table; --update writes it into the README. It takes
-about ten minutes a version, two versions at a time, and goes on where one fails, to report all; it exits with 1 then.
+and loads what every other version has written. It prints a Markdown table; --update writes it into
+docs/compatibility.md. It takes about ten minutes a version, two versions at a time, and continues where one fails, to
+report all; it exits with 1 then.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from environments import HOME, environment, fast_tests, official_tests, pins, put_into_readme, run
+from environments import HOME, environment, fast_tests, official_tests, pins, put_table, run
 
 VERSIONS = ["4.57.6", "5.0.0", "5.10.4", "5.23.0", "5.24.0"]
 # Each version of transformers brings its own of these; everything else is as constraints.txt has it.
@@ -41,7 +42,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", choices=VERSIONS, help="this version, instead of all")
     parser.add_argument("--jobs", type=int, default=2, help="versions at a time (default: 2)")
-    parser.add_argument("--update", action="store_true", help="write the table into README.md")
+    parser.add_argument("--update", action="store_true", help="write the table into docs/compatibility.md")
     arguments = parser.parse_args()
     versions = arguments.only or VERSIONS
     pythons = {version: environment_of(version) for version in versions}
@@ -66,7 +67,7 @@ def main() -> int:
     everything = all(fine for _, fine in rows)
     print(table)
     if arguments.update:
-        put_into_readme("matrix", table)
+        put_table("matrix", table)
     return 0 if everything else 1
 
 

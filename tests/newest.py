@@ -2,8 +2,8 @@
 
 It asks pip whether the pinned versions can be installed by each Python that is on the PATH. Then it builds a fresh
 environment under .matrix/newest with the newest release of every dependency that pip finds, torch alone as pinned, and
-runs the fast tests and transformers' own model tests in it. --update writes what was found into the README. It exits
-with 1 where anything fails.
+runs the fast tests and transformers' own model tests in it. --update writes what was found into docs/compatibility.md.
+It exits with 1 where anything fails.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from environments import CONSTRAINTS, HOME, PIP, environment, fast_tests, official_tests, pins, put_into_readme, run
+from environments import CONSTRAINTS, HOME, PIP, environment, fast_tests, official_tests, pins, put_table, run
 
 OLDEST, LAST = 11, 20  # Python 3.x
 # The packages whose versions are told: those that the model, the checkpoints and the scores depend on.
@@ -60,7 +60,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", action="store_true", help="run in the environment that is there from the last time")
     parser.add_argument("--only", choices=("pins", "tests"), help="one of the two")
-    parser.add_argument("--update", action="store_true", help="write the findings into README.md")
+    parser.add_argument("--update", action="store_true", help="write the findings into docs/compatibility.md")
     arguments = parser.parse_args()
     fine, rows = [], []
     if arguments.only != "tests":
@@ -87,7 +87,7 @@ def main() -> int:
     table = "\n".join([f"| run on {today} | |", "| --- | --- |", *rows])
     print(table)
     if arguments.update:
-        put_into_readme("newest", table)
+        put_table("newest", table)
     return 0 if all(fine) else 1
 
 

@@ -38,6 +38,7 @@ print("heavy", sorted({"torch", "transformers", "lm_eval", "numpy"} & set(sys.mo
         (["eval", "org/model", "--tasks", "arc_easy", "--text", "text.txt"], 2),
         (["eval", "org/model", "--tasks", "arc_easy", "--baseline", "./no/such/folder"], 2),
         (["eval", "org/model", "--local", "/no/such/folder"], 2),
+        (["eval", ".", "--tasks", "arc_easy", "--set", "revision=v2"], 2),
         (["eval", "org/model", "--tasks", "arc_easyy"], 2),
     ],
     ids=str,

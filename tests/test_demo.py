@@ -3,7 +3,7 @@ import random
 
 from finedeep.demo import run_demo
 from finedeep.demo.world import RELATIONS, World
-from finedeep.eval.scores import scores_of
+from finedeep.eval.compare.scores import scores_of
 
 
 def test_a_world_is_its_seed():

@@ -110,7 +110,7 @@ def test_flash_attention():
 def test_the_whole_way(tmp_path):
     """Converted, calibrated, healed on the device, and then generating: each step brings the dense model nearer."""
     from finedeep.convert import convert_checkpoint
-    from finedeep.convert.healing import heal
+    from finedeep.convert.heal import heal
 
     dense = make_dense(tmp_path / "dense")
     text = tmp_path / "text.txt"

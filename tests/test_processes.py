@@ -14,8 +14,8 @@ import yaml
 from conftest import TINY
 from finedeep import FinedeepConfig, FinedeepForCausalLM
 from finedeep.eval import evaluate
-from finedeep.eval.local_tasks import write_task
-from finedeep.eval.scores import scores_of
+from finedeep.eval.compare.scores import scores_of
+from finedeep.eval.scoring.local_tasks import write_task
 from lm_eval.models.huggingface import HFLM
 
 SCRIPTS = pathlib.Path(__file__).parent / "processes"
@@ -97,9 +97,9 @@ def test_scoring_goes_on_with_another_number_of_processes(tmp_path, monkeypatch,
     work = tmp_path / "work"
     with pytest.raises(KeyboardInterrupt):
         evaluate(dense, work=work, say=stop, **how)
-    shelf = tmp_path / "shelf"
-    evaluate(dense, answers=shelf, limit=6, **how | {"tasks": ["story", "sums"]})
-    passes(TORCHRUN, "evaluated.py", dense, tasks, work, shelf)
+    answer_cache = tmp_path / "answer_cache"
+    evaluate(dense, answers=answer_cache, limit=6, **how | {"tasks": ["story", "sums"]})
+    passes(TORCHRUN, "evaluated.py", dense, tasks, work, answer_cache)
 
     (work / "answers-2_all.json").unlink()  # as if the two had been stopped in `sums`
     asked = []

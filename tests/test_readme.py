@@ -82,7 +82,7 @@ def test_evaluate_snippet(here, capsys, monkeypatch):
     (here / "text.txt").write_text("One thing after another. " * 100)
     line = snippet("Evaluate", "bash").replace("finedeep_suite", ",".join(names[:2]))
     assert line != snippet("Evaluate", "bash")
-    monkeypatch.setattr("finedeep.eval.cost.SECONDS", 0.1)
+    monkeypatch.setattr("finedeep.eval.report.cost.SECONDS", 0.1)
     assert main([*shlex.split(line)[1:], "--include-path", str(here / "tasks")]) == 0
     assert re.search(r"\| +dense \| +finedeep \|", capsys.readouterr().out)
     assert (here / "results/report.html").is_file()

@@ -4,8 +4,8 @@ import pytest
 import torch
 from finedeep.convert import convert_checkpoint
 from finedeep.eval import EvaluationError, evaluate
-from finedeep.eval.local_tasks import write_task
-from finedeep.eval.scores import scores_of
+from finedeep.eval.compare.scores import scores_of
+from finedeep.eval.scoring.local_tasks import write_task
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 

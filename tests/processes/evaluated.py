@@ -10,8 +10,9 @@ import sys
 os.environ["ACCELERATE_USE_CPU"] = "true"
 
 import torch
-from finedeep.eval import evaluate, harness
-from finedeep.eval.scores import scores_of
+from finedeep.eval import evaluate
+from finedeep.eval.compare.scores import scores_of
+from finedeep.eval.scoring import harness
 from lm_eval.models.huggingface import HFLM
 
 
@@ -34,7 +35,7 @@ def watched(method):
 usual, harness._load_model = harness._load_model, load_model
 asked = set()
 HFLM.loglikelihood, HFLM.loglikelihood_rolling = map(watched, (HFLM.loglikelihood, HFLM.loglikelihood_rolling))
-model, tasks, work, shelf = sys.argv[1:]
+model, tasks, work, answer_cache = sys.argv[1:]
 how = {"tasks": ["story", "shots", "sums"], "include_path": tasks}
 found = evaluate(model, work=work, **how)
 # The examples of `shots` are others than those of one process.
@@ -42,11 +43,11 @@ assert asked == {"shots", "sums"}, asked
 whole = evaluate(model, **how)
 assert asked == {"story", "shots", "sums"}, asked
 asked.clear()
-from_shelf = evaluate(model, answers=shelf, **how | {"tasks": ["story", "sums"]})
+from_cache = evaluate(model, answers=answer_cache, **how | {"tasks": ["story", "sums"]})
 assert asked == {"sums"}, asked
 if torch.distributed.get_rank() == 0:
     wanted = {place: score for place, score in scores_of(whole).items() if place.task != "shots"}
-    assert scores_of(from_shelf) == wanted
+    assert scores_of(from_cache) == wanted
     assert scores_of(found) == scores_of(whole)
     for task, samples in whole["samples"].items():
         assert [sample["arguments"] for sample in found["samples"][task]] == [s["arguments"] for s in samples]

@@ -1,0 +1,227 @@
+"""Publish a Finedeep folder on the Hub, and prove that what is there is what was here."""
+
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from finedeep_files.errors import ConversionError, one_line
+from finedeep_files.json_files import read_json
+from finedeep_files.masking import masked
+from finedeep_files.versions import versions
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
+from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.utils import disable_progress_bars
+
+from ..code_files import CODE_FILES, advice, auto_map_of, copy_code, missing_code
+from ..receipt import NEURONS, RECEIPT, read_receipt
+from ..source import CARD, COMPANIONS, OURS, inside
+from .card import make_card, read_comparison, read_scores
+from .refusals import AGAIN, hub_errors
+from .standalone import standalone_logits
+
+CACHES = ("HF_HUB_CACHE", "TRANSFORMERS_CACHE", "HF_XET_CACHE", "HF_MODULES_CACHE")  # the second in transformers 4
+
+
+@dataclass(frozen=True)
+class Push:
+    """Where a model is now. `revision` is the commit that holds weights and code; the card came after it."""
+
+    repo_id: str
+    revision: str
+    url: str
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    results: str | Path | None = None,
+    trust_remote_code: bool = False,
+    say: bool = True,
+) -> Push:
+    """Upload a converted model with a model card, and check that it comes back the same.
+
+    Before uploading, the model is loaded in a process that has only transformers, with this package's own code, which
+    the folder's has to equal; after it, the same is done with the repository at its new revision and an empty cache,
+    and logits are compared to the bit.
+
+    Args:
+        folder: what `convert_checkpoint` or `save_pretrained` wrote.
+        repo_id: "ORG/NAME". It is made where it does not exist.
+        private: whether the repository has to be private. A new one is made so; a public one is refused.
+        revision: a branch to push to, made where it does not exist; by default main.
+        create_pr: whether to open a pull request instead.
+        results: lm-eval's results JSON, or a folder with such, for the card's evaluation results; of a folder of
+            `finedeep eval --baseline` the comparison too. A README.md in the folder is the card as it is, without.
+        trust_remote_code: whether to run the folder's code where it is not this package's.
+        say: whether to tell on stderr what is being done.
+
+    Raises:
+        ConversionError: the folder does not load, holds links that lead out of it, secrets, or code that is not this
+            package's; the Hub refuses, the connection breaks, or what comes back differs. What has arrived is not sent
+            again by a second run.
+    """
+    folder, tell = Path(folder), _telling(say)
+    config, files = _check(folder), _files(folder)
+    card = _card_maker(folder, repo_id, config, results)
+    first_card = card(revision or "main")  # before anything is sent: what is wrong with it shows now
+    if not trust_remote_code:
+        _check_code(folder)
+    if line := advice(folder):
+        tell(line)
+    api = HfApi()
+    _check_repository(api, repo_id, private)
+    tell(f"Loading {folder} as anybody would ...")
+    here = _logits_here(folder, trust_remote_code)
+    if not say:
+        disable_progress_bars()
+    with hub_errors(repo_id):
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        _check_repository(api, repo_id, private)  # somebody else may have made it meanwhile
+        tell(f"Uploading {len(files)} files to {repo_id} ...")
+        if revision:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        additions = [CommitOperationAdd(file.relative_to(folder).as_posix(), file) for file in files]
+        message = "Upload Finedeep model"
+        pushed = api.create_commit(
+            repo_id, [first_card, *additions], commit_message=message, revision=revision, create_pr=create_pr
+        )
+        if not (folder / CARD).is_file():
+            message = "Model card, with the revision of the weights"
+            where = pushed.pr_revision or revision
+            api.create_commit(repo_id, [card(pushed.oid)], commit_message=message, revision=where)
+    tell(f"Loading {repo_id} at {pushed.oid} from the Hub, into an empty cache ...")
+    if not torch.equal(_logits_there(repo_id, pushed.oid, folder), here):
+        raise ConversionError(
+            f"{repo_id} at {pushed.oid} gives other logits than {folder}. Do not use that revision; {AGAIN}."
+        )
+    return Push(repo_id, pushed.oid, pushed.pr_url or f"{api.endpoint}/{repo_id}")
+
+
+def _telling(say: bool) -> Callable[[str], None]:
+    return (lambda text: print(text, file=sys.stderr, flush=True)) if say else (lambda text: None)
+
+
+def _card_maker(
+    folder: Path, repo_id: str, config: Mapping[str, Any], results: str | Path | None
+) -> Callable[[str], CommitOperationAdd]:
+    """What makes the card, given the revision that holds the weights: the folder's own where there is one."""
+    own_card = folder / CARD
+    if own_card.is_file():
+        if results:
+            raise ConversionError(
+                f"{own_card} is the card as it is, and {results} would not be in it. Push without results, or move "
+                "that file away to have a card made."
+            )
+        return lambda weights: CommitOperationAdd(CARD, own_card.read_bytes())
+    receipt = read_receipt(folder) if (folder / RECEIPT).is_file() else None
+    scores = read_scores(Path(results)) if results else []
+    comparison = read_comparison(Path(results)) if results else None
+
+    def card(weights: str) -> CommitOperationAdd:
+        made = make_card(repo_id, weights, config, receipt, scores, comparison, checked_with=versions())
+        return CommitOperationAdd(CARD, str(made).encode())
+
+    return card
+
+
+def _logits_here(folder: Path, trust_remote_code: bool) -> torch.Tensor:
+    """What anybody gets of the folder: with its own code where that is trusted, else with this package's."""
+    with tempfile.TemporaryDirectory(prefix="finedeep-push-") as place:
+        model = folder.resolve() if trust_remote_code else _with_own_code(folder, Path(place) / "model")
+        return standalone_logits(str(model), called=str(folder))
+
+
+def _logits_there(repo_id: str, revision: str, folder: Path) -> torch.Tensor:
+    """What anybody gets of the repository, once code and configuration are known to be those of the folder."""
+    with tempfile.TemporaryDirectory(prefix="finedeep-push-") as cache:
+        # Not HF_HOME, where `hf auth login` keeps the token.
+        caches = {name: f"{cache}/{name}" for name in CACHES}
+        _check_arrived(repo_id, revision, folder, caches["HF_HUB_CACHE"])
+        return standalone_logits(repo_id, revision, caches)
+
+
+def _check_repository(api: HfApi, repo_id: str, private: bool) -> None:
+    """Raise `ConversionError` where the Hub refuses the token, or where a private repository exists as a public one."""
+    with hub_errors(repo_id), suppress(RepositoryNotFoundError):
+        public = not api.repo_info(repo_id).private
+        if private and public:
+            raise ConversionError(
+                f"{repo_id} exists and is public; nothing was uploaded. Make it private in its settings, name another "
+                "repository, or push without --private."
+            )
+
+
+def _check(folder: Path) -> dict:
+    config = read_json(folder / "config.json", "the model's configuration")
+    if config.get("model_type") != "finedeep":
+        raise ConversionError(f"{folder} holds a {config.get('model_type')!r} model; a Finedeep model is wanted.")
+    if elsewhere := [reference for reference in auto_map_of(config).values() if "--" in reference]:
+        raise ConversionError(
+            f"{folder}/config.json takes code from another repository (auto_map: {elsewhere[0]}); a folder with its "
+            f"own code can be pushed. `finedeep refresh {folder}` adds it."
+        )
+    missing = missing_code(folder, config)
+    if missing or not auto_map_of(config):
+        raise ConversionError(
+            f"{folder} lacks its code ({', '.join(missing) or 'auto_map'}); `finedeep refresh {folder}` adds it."
+        )
+    return config
+
+
+def _files(folder: Path) -> list[Path]:
+    """What is uploaded, beside the card. Raises `ConversionError` for a link out of the folder, and for a secret."""
+    there = {*folder.iterdir(), *(file for pattern in COMPANIONS for file in folder.glob(pattern))}
+    shown = sorted(path for path in there if path.name[0] != ".")
+    for path in shown:
+        inside(folder, path)
+    for path in folder.glob(OURS):
+        if path.suffix == ".json" and path.name != NEURONS and masked(found := read_json(path, "a receipt")) != found:
+            raise ConversionError(
+                f"{path} holds what looks like a password, a key or a token, and would be published. Take it out, and "
+                "make it invalid if anybody else may have seen it."
+            )
+    return [path for path in shown if path.is_file() and path.name != CARD]
+
+
+def _check_code(folder: Path) -> None:
+    """Raise `ConversionError` where the folder's code is not this package's."""
+    own = {file.name: file.read_bytes() for file in CODE_FILES}
+    for file in sorted(folder.glob("*.py")):
+        if own.get(file.name) != file.read_bytes():
+            what = "another than this version's" if file.name in own else "no file of Finedeep's"
+            raise ConversionError(
+                f"{file} is {what}, and loading the model would run it. Read it, and push with --trust-remote-code "
+                f"(trust_remote_code=True) if you trust it, or replace it: `finedeep refresh {folder}`."
+            )
+
+
+def _with_own_code(folder: Path, place: Path) -> Path:
+    """Make `place`, with all that is in a folder, by links, but its code, and this package's code instead."""
+    place.mkdir()
+    for path in folder.iterdir():
+        if path.suffix != ".py":
+            (place / path.name).symlink_to(path.resolve())
+    copy_code(place)
+    return place
+
+
+def _check_arrived(repo_id: str, revision: str, folder: Path, cache: str) -> None:
+    """Raise `ConversionError` where code and configuration, which are about to be run, are not those that were sent."""
+    for file in (*sorted(folder.glob("*.py")), folder / "config.json"):
+        try:
+            there = Path(hf_hub_download(repo_id, file.name, revision=revision, cache_dir=cache)).read_bytes()
+        except Exception as error:  # of the network, of the Hub, of the disk
+            raise ConversionError(
+                f"{repo_id} at {revision} could not be read back ({one_line(error)}); {AGAIN}."
+            ) from error
+        if there != file.read_bytes():
+            raise ConversionError(f"{repo_id} at {revision} has another {file.name} than was sent. Do not use it.")

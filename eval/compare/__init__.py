@@ -1,0 +1,1 @@
+"""Scores of two models: sample by sample, with paired statistics, verdicts and a table."""

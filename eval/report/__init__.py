@@ -1,0 +1,1 @@
+"""What models cost, and all that an evaluation found on one page."""

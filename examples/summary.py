@@ -1,0 +1,98 @@
+"""README's table of results, from what is committed: python examples/summary.py writes it there.
+
+Each row is a question that somebody with a checkpoint asks, and says where its figures come from.
+"""
+
+import json
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+import from_checkout
+from finedeep.benchmarks import gap, results
+from finedeep.benchmarks.documents import put_table
+from larger import read_larger
+
+ROOT = from_checkout.ROOT
+BENCHMARKS = ROOT / "benchmarks"
+HEAD = ["question", "answer", "page"]
+
+
+def gap_row() -> list[str]:
+    """What a plain cut costs, and what calibration and healing bring back: means over the seeds of the best options."""
+    lines = [json.loads(line) for line in gap.RESULTS.read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if (line["model"], line["shape"], line["source"]) == ("stories260k", "2x8", "self")]
+    over = {}
+    for mean, found in sorted(gap.groups_of(lines), key=lambda group: (gap.seeds_of(group[1]), -group[0]["loss"])):
+        over[mean["rung"]] = mean["loss"] - mean["dense"]
+        over["cut"] = mean["cut"] - mean["dense"]
+        share = statistics.mean(1 - gap.left_of(line) for line in found)
+        over[f"{mean['rung']}, share"] = share
+    answer = (
+        f"Plain cut: +{over['cut']:.2f} nats per token. Calibrated: +{over['layer by layer']:.2f}. Healed for minutes: "
+        f"+{over['healed']:.2f} ({over['healed, share']:.0%} of the gap closed). `stories260k`, 0.26M parameters, on "
+        "2 CPU cores"
+    )
+    return ["What does M=2 K=8 cost?", answer, "[Calibrate and heal](docs/heal.md)"]
+
+
+def speed_row(kind: str, question: str, cases: Iterable[tuple[str, str]]) -> list[str]:
+    """Ratios to dense Llama at M=2 K=8, as benchmarks/results.py judges them."""
+    content = results.load(BENCHMARKS)[kind]
+    found = ratios(content)
+    said = ", ".join(f"{words} {found[label]}" for label, words in cases)
+    where = content["machine"].get("device") or f"{content['machine']['threads']} CPU cores, float32"
+    return [question, f"Time over dense Llama: {said}. {where}", "[Performance](docs/performance.md)"]
+
+
+def ratios(content: dict[str, Any]) -> dict[str, str]:
+    """The column of M=2 K=8 in the table of targets, by case."""
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in results.targets_table(content).splitlines()]
+    column = table[0].index("M=2 K=8")
+    return {row[0]: row[column].strip("*") for row in table[2:]}
+
+
+def claim_row() -> list[str]:
+    """The largest runs that have both baselines, with one tokens' budget."""
+    models = read_larger(ROOT / "examples" / "logs")["31m, 15M tokens"]
+
+    def loss(model: str) -> str:
+        runs = [run for seeds in models[model].values() for run in seeds.values() if run.finished]
+        return f"{min(run.losses['held_out'] for run in runs):.3f}"
+
+    answer = (
+        f"31M parameters, 15M tokens, one seed, held-out loss: dense {loss('dense')}; dense with a second norm "
+        f"{loss('dense-sandwich-norm')}; M=2 K=8 with it {loss('m-2-k-8-sandwich-norm')}. The norm is most of the gain"
+    )
+    return ["Is it better when trained from scratch?", answer, "[Train](docs/train.md)"]
+
+
+def table() -> str:
+    rows = [
+        gap_row(),
+        speed_row(
+            "cuda",
+            "How fast is it on a GPU?",
+            [
+                ("training step 4x2048", "training"),
+                ("prefill 8x512", "prefill of 8x512"),
+                ("prefill 1x2048", "of 1x2048"),
+                ("decode, batch 1, CUDA graph", "decoding"),
+            ],
+        ),
+        speed_row(
+            "cpu-quick",
+            "And on a CPU?",
+            [
+                ("training step 1x256", "training"),
+                ("prefill 1x1024", "prefill of 1x1024"),
+                ("decode, batch 1, eager", "decoding"),
+            ],
+        ),
+        claim_row(),
+    ]
+    return results.markdown(HEAD, rows, len(HEAD))
+
+
+if __name__ == "__main__":
+    put_table("summary", table())
