@@ -33,6 +33,21 @@ class FinedeepForCausalLM(TransformersForCausalLM):
         """Those of this process."""
         return (module for module in self.model.modules() if isinstance(module, FinedeepSublayer))
 
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The backend's, whose call of the model runs no hooks; in a model of Granite's, one scales the embeddings."""
+        scale = self.text_config.embedding_multiplier
+        if scale != 1 and self.pp_group.is_first_rank:
+            embeds = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+            input_ids, inputs_embeds = None, embeds * scale
+        return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+
     def recursive_replace(self) -> None:
         """Swap the sub-layers; then the backend replaces the layers in them, as everywhere."""
         for i, layer in enumerate(self.model.layers):

@@ -38,7 +38,7 @@ class FinedeepSublayer(nn.Module):
         self.norm, self.act_fn, self.output_norm = theirs.norm, theirs.act_fn, theirs.output_norm
         self.gate_proj, self.up_proj = theirs.gate_proj, theirs.up_proj
         width, hidden = theirs.down_proj.in_features, theirs.down_proj.out_features
-        self.down_proj = DownProj(width, hidden, quant_config, f"{prefix}.down_proj")
+        self.down_proj = DownProjLinear(width, hidden, quant_config, f"{prefix}.down_proj")
         self.router = per_expert(self.num_experts, hidden)
         self.down_proj.router = lambda: self.router
         self.expert_bias = per_expert(self.num_experts, hidden) if theirs.expert_bias is not None else None
@@ -65,7 +65,7 @@ class FinedeepSublayer(nn.Module):
         s = (a.float().unflatten(-1, (self.num_experts, self.expert_width)) * self.v).sum(-1)
         if self.expert_bias is not None:
             s = s + self.bias_scores
-        if isinstance(self.down_proj, DownProjWithLoRA):
+        if isinstance(self.down_proj, DownProjLinearWithLoRA):
             s = s + self.down_proj.scores(a)
         return s
 
@@ -106,15 +106,18 @@ def per_expert(num_experts: int, hidden: int) -> nn.Parameter:
     return rows
 
 
-class DownProj(RowParallelLinear):
-    """W_down, columns of whole experts. The sub-layer adds up the outputs, with the biases of the experts."""
+class DownProjLinear(RowParallelLinear):
+    """W_down, columns of whole experts, named so that a quantiser's target `Linear` finds it.
+
+    The sub-layer adds up the outputs, with the biases of the experts.
+    """
 
     def __init__(self, width: int, hidden: int, quant_config: Any, prefix: str):
         options = {"bias": False, "reduce_results": False, "return_bias": False}
         super().__init__(width, hidden, quant_config=quant_config, prefix=prefix, **options)
 
 
-class DownProjWithLoRA(RowParallelLinearWithLoRA):
+class DownProjLinearWithLoRA(RowParallelLinearWithLoRA):
     """W_down + B A, with another A and B for each adapter: what they add to scores is <A_k' B' w_k, a_k>."""
 
     def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
@@ -145,8 +148,8 @@ class DownProjWithLoRA(RowParallelLinearWithLoRA):
     @classmethod
     def can_replace_layer(cls, source_layer: nn.Module, **_: Any) -> bool:
         """Whether a layer is one that this class is for, asked by vLLM."""
-        return type(source_layer) is DownProj
+        return type(source_layer) is DownProjLinear
 
 
-if DownProjWithLoRA not in lora_layers._all_lora_classes:
-    lora_layers._all_lora_classes = (DownProjWithLoRA, *lora_layers._all_lora_classes)
+if DownProjLinearWithLoRA not in lora_layers._all_lora_classes:
+    lora_layers._all_lora_classes = (DownProjLinearWithLoRA, *lora_layers._all_lora_classes)

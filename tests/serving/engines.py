@@ -12,6 +12,8 @@ import traceback
 from pathlib import Path
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, which imports vLLM but once
+os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # to cores; there may be fewer of them than processes
+os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # a function goes to the processes that hold a model
 
 import vllm
 from vllm.lora.request import LoRARequest
@@ -36,6 +38,10 @@ def answers_of(outputs):
     ]
 
 
+def module_of(model):
+    return type(model).__module__
+
+
 def run(job):
     engine = vllm.LLM(model=job["folder"], **{**OPTIONS, **job["engine"]})
     sampling = vllm.SamplingParams(
@@ -55,8 +61,7 @@ def run(job):
         answers_of(engine.generate(prompts, sampling, use_tqdm=False, lora_request=adapters))
         for _ in range(job.get("rounds", 1))
     ]
-    served_by = type(engine.llm_engine.model_executor.driver_worker.worker.get_model()).__module__
-    return {"rounds": rounds, "served_by": served_by}
+    return {"rounds": rounds, "served_by": engine.apply_model(module_of)[0]}
 
 
 def main():
