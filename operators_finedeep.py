@@ -262,8 +262,8 @@ def refuse_engines_adapters(linear: nn.Module) -> None:
     """Raise `ValueError` for vLLM's LoRA layer: it knows each row's adapter, and rows that are no tokens have none."""
     if hasattr(linear, "lora_a_stacked"):
         raise ValueError(
-            "vLLM's Transformers backend cannot serve adapters on down_proj. Install finedeep beside vLLM, whose plug-in "
-            "can, or leave down_proj out: --lora-target-modules q_proj k_proj v_proj o_proj gate_proj up_proj."
+            "vLLM's Transformers backend cannot serve adapters on down_proj. Install finedeep beside vLLM, as its "
+            "plug-in can, or leave down_proj out: --lora-target-modules q_proj k_proj v_proj o_proj gate_proj up_proj."
         )
 
 

@@ -34,7 +34,7 @@ class World:
 class RowParallelLinear(nn.Module):
     def __init__(self, width, hidden, bias, reduce_results, return_bias, quant_config, prefix):
         super().__init__()
-        assert not (bias or reduce_results or return_bias)
+        assert not any([bias, reduce_results, return_bias])
         self.input_size = self.input_size_per_partition = width // World.size
         self.weight = nn.Parameter(torch.empty(hidden, self.input_size), requires_grad=False)
 

@@ -5,7 +5,6 @@ vLLM runs in processes of their own, many models in each: importing it takes lon
 
 import functools
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +33,8 @@ def prompts():
 
 
 def job(folder, engine, **more):
-    return {"folder": str(folder), "engine": engine, "tokens": TOKENS, "requests": [{"ids": p} for p in prompts()]} | more
+    requests = [{"ids": ids} for ids in prompts()]
+    return {"folder": str(folder), "engine": engine, "tokens": TOKENS, "requests": requests} | more
 
 
 def with_adapters(models, name, adapters, engine):
