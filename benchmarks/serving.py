@@ -16,8 +16,9 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
+from finedeep_files.processor import processor
+
 from .models import SHAPES, build
-from .processor import processor
 
 PROMPTS, LENGTH, GENERATED = 32, 64, 64
 # name -> (model, M, vLLM's option)
