@@ -3,6 +3,7 @@
 # make test-matrix   the tests in every supported version of transformers (half an hour)
 # make test-newest   the same with the newest of every dependency; before every release (a quarter of an hour)
 # make test-programs   TRL, llm-compressor, ONNX and other programs around a model (a quarter of an hour)
+# make test-vllm   Finedeep served by vLLM on a CPU, beside transformers (ten minutes after an installation of 3.4 GB)
 # make bench   speed and memory beside dense Llama, into benchmarks/ (most of an hour; leave the machine alone)
 # make real TEXTS="NAME=FILE ..."   convert and measure SmolLM2-135M (an hour or more; resumable; see docs/real.md)
 # make gpu-grid TRAIN=BOOKS.txt.xz AUTHOR=OTHER.txt   ten minutes of training on a GPU, with PYTHON as it is
@@ -15,11 +16,11 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-slow test-browser test-official test-matrix test-newest test-programs bench docs \
-	real gpu-grid lint format clean
+.PHONY: help demo test test-gpu test-slow test-browser test-official test-matrix test-newest test-programs test-vllm \
+	bench docs real gpu-grid lint format clean
 
 help:
-	@sed -n 's/^# //p' Makefile | head -10
+	@sed -n 's/^# //p' Makefile | head -11
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@echo 'Installing into $(VENV), once; this takes a few minutes ...'
@@ -59,6 +60,9 @@ test-newest: $(INSTALLED)
 
 test-programs: $(INSTALLED)
 	$(BIN)/python tests/programs/run.py
+
+test-vllm: $(INSTALLED)
+	$(BIN)/python tests/serving/run.py
 
 bench: $(INSTALLED)
 	$(BIN)/python -m finedeep.benchmarks --output benchmarks --document docs/performance.md

@@ -171,6 +171,7 @@ class FinedeepConfig(LlamaConfig):  # trf-ignore: TRF057
         if no_rope_layers is not None:
             no_rope_layers = _per_layer("no_rope_layers", no_rope_layers, num_layers, PER_LAYER["no_rope_layers"])
         self.no_rope_layers = no_rope_layers
+        kwargs.pop("logit_scale", None)  # in a config.json that somebody has made fit for vLLM
         kwargs["auto_map"] = dict(AUTO_MAP)
         kwargs["finedeep_version"] = __version__  # of the code that writes config.json, not of what it was read from
         super().__init__(**_readable_by_every_version(kwargs))
@@ -210,6 +211,11 @@ class FinedeepConfig(LlamaConfig):  # trf-ignore: TRF057
         """
         self._check_width()
         return self.intermediate_size // (self.num_expert_sublayers * self.num_experts_per_sublayer)
+
+    @property
+    def logit_scale(self) -> float:
+        """What vLLM multiplies logits by; the name by which it asks. Derived, never stored."""
+        return 1 / self.logits_scaling
 
     def _check_width(self) -> None:
         experts = self.num_expert_sublayers * self.num_experts_per_sublayer

@@ -244,6 +244,7 @@ def scores_of(linear: nn.Module, router: torch.Tensor, a: Callable[[], torch.Ten
     K = router.shape[0]
     if is_readable(linear, like):
         return score_vectors(linear.weight, router), None
+    refuse_engines_adapters(linear)
     refuse_rows_of_zeros(linear)
     if differs_by_token(linear):
         return None, scores_by_expert(linear, router, a())
@@ -255,6 +256,15 @@ def scores_of(linear: nn.Module, router: torch.Tensor, a: Callable[[], torch.Ten
     rows = torch.eye(width + 1, width, dtype=like.dtype, device=like.device)  # the last one, zeros: what is added
     W = linear(rows)
     return score_vectors((W[:-1] - W[-1]).transpose(0, 1), router), None
+
+
+def refuse_engines_adapters(linear: nn.Module) -> None:
+    """Raise `ValueError` for vLLM's LoRA layer: it knows each row's adapter, and rows that are no tokens have none."""
+    if hasattr(linear, "lora_a_stacked"):
+        raise ValueError(
+            "vLLM's Transformers backend cannot serve adapters on down_proj. Install finedeep beside vLLM, as its "
+            "plug-in can, or leave down_proj out: --lora-target-modules q_proj k_proj v_proj o_proj gate_proj up_proj."
+        )
 
 
 def refuse_rows_of_zeros(linear: nn.Module) -> None:

@@ -9,7 +9,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = {"finedeep_files": ROOT / "files", "finedeep_cli": ROOT / "cli", "finedeep": ROOT}  # as in setup.cfg
+# as in setup.cfg
+PACKAGES = {
+    "finedeep_files": ROOT / "files",
+    "finedeep_cli": ROOT / "cli",
+    "finedeep_serving": ROOT / "serving",
+    "finedeep": ROOT,
+}
 
 for _name, _folder in PACKAGES.items():
     if importlib.util.find_spec(_name) is None:

@@ -43,7 +43,9 @@ def exact_row() -> list[str]:
     losses = found["models"]["M=1 K=8"]["losses"]
     said = ", ".join(f"{text} {x['loss']:.3f} (dense {x['dense_loss']:.3f})" for text, x in losses.items())
     most = max(x["largest_logit_difference"] for x in losses.values())
-    answer = f"SmolLM2-135M, {found['weights']}: nats per token on {said}; logits differ by {most:.1g} at most, in float32"
+    answer = (
+        f"SmolLM2-135M, {found['weights']}: nats per token on {said}; logits differ by {most:.1g} at most, in float32"
+    )
     return ["Is a conversion with M=1 K=8 exact?", answer, "[A real model](docs/real.md)"]
 
 

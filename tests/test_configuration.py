@@ -183,3 +183,13 @@ def test_adding_a_routing_function_is_one_entry(monkeypatch):
         _, g = sublayer(torch.randn(1, tokens, TINY["hidden_size"]))
         assert g.min() >= 1
         assert g.max() > 1
+
+
+def test_logits_are_scaled_for_vllm_too(tmp_path):
+    """vLLM asks for the inverse by another name. Nothing of it is stored, and a value in a file is not believed."""
+    FinedeepConfig(logits_scaling=8.0).save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert "logit_scale" not in stored
+    (tmp_path / "config.json").write_text(json.dumps({**stored, "logit_scale": 3.0}))
+    assert FinedeepConfig.from_pretrained(tmp_path).logit_scale == 0.125
+    assert FinedeepConfig().logit_scale == 1

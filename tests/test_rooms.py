@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-NAMES = {"finedeep_files": "files", "finedeep_cli": "cli"}
+NAMES = {"finedeep_files": "files", "finedeep_cli": "cli", "finedeep_serving": "serving"}
 MODEL = ("configuration_finedeep", "modeling_finedeep", "operators_finedeep", "kernels_finedeep")
 # What a conversion is.
 PLAN = tuple(
@@ -26,12 +26,13 @@ MAY_IMPORT = {
     "eval": ("files", *MODEL, "eval"),
     "demo": ("files", "convert", "eval"),
     "cli": ("files", "convert", "eval", "demo"),
+    "serving": (),  # it is imported by engines, whatever they serve
 }
 
 
 def modules():
     """Name -> file of each module: `convert.plan`, `files.lock`; a room is its __init__."""
-    for top in ("convert", "eval", "files", "demo", "cli", "benchmarks"):
+    for top in ("convert", "eval", "files", "demo", "cli", "serving", "benchmarks"):
         for file in (ROOT / top).rglob("*.py"):
             parts = file.relative_to(ROOT).with_suffix("").parts
             yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), file

@@ -1,0 +1,1 @@
+"""Finedeep models in serving engines. Importing this package imports neither an engine nor torch."""
