@@ -38,7 +38,7 @@ test: lint
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest tests -m slow --ignore=tests/official
-	FINEDEEP_HOSTILE_EXAMPLES=10000 $(BIN)/python -m pytest tests/convert/test_hostile.py
+	FINEDEEP_HOSTILE_EXAMPLES=1100 $(BIN)/python -m pytest tests/convert/test_hostile.py
 
 # on a GPU, with the interpreter that is there: nothing is installed, and the package need not be (about a minute)
 test-gpu:
