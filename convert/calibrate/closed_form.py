@@ -12,8 +12,8 @@ sub-layer after the other:
     down projection  dW = argmin sum of w^2 |(W_down + dW) a - (u*_m - h) / r|^2  W_down <- W_down + dW
 
 each with a ridge that pulls A to 1 and dW to 0, as strong as is best on held-out tokens. A token's weight w is
-1 / max(|h*|, the median token's), with h* = u*_M the stream after the layer. Otherwise the first token alone would
-decide, whose stream is a hundred times as long as any other's in many models.
+1 / max(|h*|, L), with h* = u*_M the stream after the layer and L four times the median |h*|. Otherwise the first token
+alone would decide, whose stream is a hundred times as long as any other's in many models.
 """
 
 import copy

@@ -30,17 +30,16 @@ class Objective:
     rows: int
 
 
-def stream_error(usual: float) -> Objective:
-    """Mean over tokens of |h - h*|^2 / max(|h*|, usual)^2, h* the stream that is wanted.
+def stream_error(longest: float) -> Objective:
+    """Mean over tokens of |h - h*|^2 / max(|h*|, longest)^2, h* the stream that is wanted.
 
-    Many models have one token, the first, whose stream is a hundred times as long as any other's (massive activations,
-    arXiv:2402.17762); a plain square would see nothing else.
+    Many models have one token, the first, whose stream is a hundred times as long as any other's; a plain square would
+    see nothing else.
 
     Args:
-        usual: the median token's |h*|. Shorter tokens weigh as much as that one; by their own length they would weigh
-            more than the loss depends on them.
+        longest: what `longest_usual` says.
     """
-    return Objective(lambda h, wanted: squared_errors(h, wanted, usual).mean(), CHUNK)
+    return Objective(lambda h, wanted: squared_errors(h, wanted, longest).mean(), CHUNK)
 
 
 def squared_errors(h: torch.Tensor, wanted: torch.Tensor, least: float = 0.0) -> torch.Tensor:

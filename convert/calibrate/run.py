@@ -32,7 +32,7 @@ from ..source import load_dense
 from .closed_form import correct
 from .gradient import BATCH, Objective, error_of, fit, logit_divergence, median_error, stream_error
 from .neuron_statistics import MAX_TOKENS, activity_on, nonlinearity_on
-from .residual_stream import Stream, over_chunks, sublayers_from, through, token_weights, usual_length
+from .residual_stream import Stream, longest_usual, over_chunks, sublayers_from, through, token_weights
 from .sharing import Share, everywhere, from_first
 from .text import held_out, sampled_by_all, text_windows
 
@@ -225,7 +225,7 @@ class Calibration:
         if everywhere(torch.equal(wanted, dense_u), self.device):  # an FFN that does nothing
             return cut, LayerErrors(*[median_error(cut, u[:held], wanted[:held], self.r)] * 3)
         objective = (
-            self._divergence if i == self.plan.config.num_hidden_layers - 1 else stream_error(usual_length(wanted))
+            self._divergence if i == self.plan.config.num_hidden_layers - 1 else stream_error(longest_usual(wanted))
         )
 
         def error(sublayers: nn.ModuleList) -> float:

@@ -33,7 +33,7 @@ def test_windows_are_dealt_out_once(monkeypatch):
     assert torch.equal(torch.cat(found).sort().values, windows.flatten())
 
 
-@pytest.mark.parametrize("source", ["self", "text"])
+@pytest.mark.parametrize("source", ["self", pytest.param("text", marks=pytest.mark.slow)])
 def test_two_processes_find_what_one_does(tmp_path, source):
     dense = make_dense(tmp_path / "dense")
     text = tmp_path / "text.txt"

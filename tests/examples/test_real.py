@@ -53,6 +53,7 @@ def test_another_file_under_the_name_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [wheel.name]
 
 
+@pytest.mark.slow
 def test_a_run_measures_writes_the_page_and_does_nothing_twice(tmp_path, dense, monkeypatch, capsys):
     """On a tiny model in the real one's place."""
     import run
