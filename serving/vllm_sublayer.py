@@ -81,8 +81,9 @@ class FinedeepSublayer(nn.Module):
         """v_k = W_down,k' w_k, from what `down_proj` makes of unit rows: packed or quantised, it has no such weight."""
         K, e = self.v.shape
         # A fixed scale for activations, as some quantised layers have, holds its own value exactly, and no large one.
-        unit = getattr(self.down_proj, "input_scale", None)
-        unit = 1.0 if unit is None else float(unit.max())
+        # Negative, since int8 products on CPUs without VNNI add 128 to activations and saturate at large ones.
+        scale = getattr(self.down_proj, "input_scale", None)
+        unit = -1.0 if scale is None else -float(scale.max())
         for k in range(K):
             rows = torch.zeros(e, K * e, dtype=self.router.dtype, device=self.router.device)
             rows[:, k * e : (k + 1) * e].fill_diagonal_(unit)

@@ -219,4 +219,4 @@ def test_int8_costs_what_it_costs_the_dense_model(answers):
     print(json.dumps(losses, indent=1))
     costs = {name: losses[f"{name}: int8"] - losses[name] for name in ("dense", "M=1, zero routers", "M=2")}
     assert costs["M=1, zero routers"] == pytest.approx(costs["dense"], abs=2e-3)
-    assert abs(costs["M=2"]) < 0.05
+    assert abs(costs["M=2"]) < 3 * costs["dense"]
