@@ -10,15 +10,18 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from finedeep_files.processor import processor
 
 from .models import SHAPES, build
+from .results import markdown
 
 PROMPTS, LENGTH, GENERATED = 32, 64, 64
 # name -> (model, M, vLLM's option)
@@ -73,6 +76,17 @@ def measure(scratch: Path, shape: str, mode: str, rounds: int) -> dict[str, dict
         engine.stdin.close()
         engine.wait()
     return taken
+
+
+def table_of(content: dict[str, Any]) -> str:
+    """Medians over rounds, as ratios to dense by vLLM's own class: CPU seconds, which other programs disturb least."""
+    rows = []
+    for mode, found in content["seconds"].items():
+        base = {kind: statistics.median(found["dense"][kind]) for kind in ("cpu", "wall")}
+        for name, seconds in found.items():
+            ratios = [f"{statistics.median(seconds[kind]) / base[kind]:.2f}" for kind in ("cpu", "wall")]
+            rows.append([mode, name, f"{statistics.median(seconds['cpu']):.2f}", *ratios])
+    return markdown(["", "", "CPU seconds", "over dense", "wall, over dense"], rows, 2)
 
 
 def main() -> None:

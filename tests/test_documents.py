@@ -219,6 +219,13 @@ def test_the_table_of_conversion_is_that_of_the_committed_results(monkeypatch):
     assert table_in("conversion") == table_of(json.loads(RESULTS.read_text()))
 
 
+def test_the_table_of_serving_is_that_of_the_committed_results():
+    from finedeep.benchmarks.serving import table_of
+
+    content = json.loads((ROOT / "benchmarks/results/serving-cpu.json").read_text())
+    assert table_in("serving-speed") == table_of(content)
+
+
 def anchors(page):
     """Of its headings, as GitHub and Sphinx make them."""
     headings = re.findall(r"^#+ (.+)$", PAGES[page], re.MULTILINE)
