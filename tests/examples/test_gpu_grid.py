@@ -99,8 +99,8 @@ def test_at_the_deadline_curves_are_kept_and_the_same_command_goes_on(monkeypatc
     run(monkeypatch, grid)
     written(grid, [0.5, 0.1], steps=3)
     slow = grid.with_name("plain.py")
-    slow.write_text(STAND_IN.replace("sleep(0.02)", "sleep(1 if step > 2 else 0.02)"))
-    lines = run(monkeypatch, grid, "--deadline", 1.2)
+    slow.write_text(STAND_IN.replace("sleep(0.02)", "sleep(3 if step > 2 else 0.02)"))
+    lines = run(monkeypatch, grid, "--deadline", 3)
     assert [line["finished"] for line in lines.values()] == [True, False]
     assert len(lines[0.1]["log"]) == 2
     first = times(lines[0.5])
