@@ -135,7 +135,6 @@ def test_lm_eval_scores_the_server_as_it_scores_the_model(here, address):
     by_model = (
         "lm_eval --model hf --tasks after --model_args pretrained=./llama-finedeep,trust_remote_code=True,dtype=float32"
     )
-    by_model += ",add_bos_token=True"
     expected = scores_of(by_model.split(), here, "hf")
     torch.testing.assert_close(scores_of(by_server, here, "served"), expected, rtol=0, atol=1e-3)
 
