@@ -79,13 +79,15 @@ def measure(scratch: Path, shape: str, mode: str, rounds: int) -> dict[str, dict
 
 
 def table_of(content: dict[str, Any]) -> str:
-    """Medians over rounds, as ratios to dense by vLLM's own class: CPU seconds, which other programs disturb least."""
+    """Medians over rounds; ratios are to dense by vLLM's own class in the same round."""
     rows = []
     for mode, found in content["seconds"].items():
-        base = {kind: statistics.median(found["dense"][kind]) for kind in ("cpu", "wall")}
         for name, seconds in found.items():
-            ratios = [f"{statistics.median(seconds[kind]) / base[kind]:.2f}" for kind in ("cpu", "wall")]
-            rows.append([mode, name, f"{statistics.median(seconds['cpu']):.2f}", *ratios])
+            ratios = [
+                statistics.median(a / b for a, b in zip(seconds[kind], found["dense"][kind], strict=True))
+                for kind in ("cpu", "wall")
+            ]
+            rows.append([mode, name, f"{statistics.median(seconds['cpu']):.2f}", *(f"{ratio:.2f}" for ratio in ratios)])
     return markdown(["", "", "CPU seconds", "over dense", "wall, over dense"], rows, 2)
 
 
