@@ -167,6 +167,8 @@ def _architecture(family_name: str) -> str:
 def _finedeep_config(held: DenseCheckpoint) -> FinedeepConfig:
     path = held.folder / "config.json"
     check_layers(held, held.config, path)
+    if held.config.get("quantization_config") is not None:
+        raise ConversionError(f"{path} has a quantization_config; export the unquantised model.")
     try:
         config = FinedeepConfig(**harmless(held.config))
     except Exception as error:
@@ -205,11 +207,11 @@ def _family_and_fields(
             check_layers(held, fields, held.folder / RECEIPT)
             dense_config = family_config(family_name, harmless(fields))
             _check_same(held, config, finedeep_config(dense_config, FAMILIES[family_name], options))
+            now, before = config.to_dict(), dense_config.to_dict()
         except ConversionError:
             raise
         except Exception as error:  # the file may be a stranger's, and what a bad one raises differs by version
             raise _no_receipt(held, error) from error
-        now, before = config.to_dict(), dense_config.to_dict()
         fields |= {field: now[field] for field in CHANGEABLE if now.get(field) != before.get(field)}
         return family_name, fields, options
     for field, value in BEYOND_LLAMA.items():

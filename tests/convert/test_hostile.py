@@ -425,6 +425,7 @@ PLACES = st.sampled_from(
 @example(file="both", keys=("source", "config", "num_labels"), value=10**12)
 @example(file=RECEIPT, keys=("options", "num_experts_per_sublayer"), value=2**40)
 @example(file=RECEIPT, keys=("options", "seed"), value="0")
+@example(file="config.json", keys=("source", "config", "quantization_config"), value=[])
 def test_what_is_exported(exact, file, keys, value):
     """Configuration, receipt, or both in the same way."""
     with tempfile.TemporaryDirectory() as place:
