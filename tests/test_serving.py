@@ -320,7 +320,7 @@ TOP_K_MOE = """num_experts moe_num_experts n_routed_experts num_local_experts bl
     num_experts_per_token top_k_experts moe_topk moe_top_k moe_intermediate_size n_shared_experts
     moe_num_shared_experts""".split()
 # vLLM and SGLang change what is computed, or which weights are loaded, where they find one of these.
-CHANGES_THE_MODEL = """logit_scale final_logit_softcapping attn_logit_softcapping embed_scale embedding_size
+CHANGES_THE_MODEL = """final_logit_softcapping attn_logit_softcapping embed_scale embedding_size
     kv_lora_rank sliding_window num_nextn_predict_layers mtp_num_hidden_layers n_predict
     hidden_size_per_head n_head_kv num_kv_heads multi_query_group_num num_attention_groups""".split()
 
