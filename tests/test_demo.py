@@ -1,8 +1,10 @@
 import json
 import random
+from functools import partial
 
 from finedeep.demo import run as demo
 from finedeep.demo import run_demo
+from finedeep.demo.questions import write_tasks
 from finedeep.demo.world import RELATIONS, World
 from finedeep.eval.compare.scores import scores_of
 
@@ -27,6 +29,7 @@ def test_stories_tell_the_facts():
 def test_a_short_demo_goes_the_whole_way(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(demo.MODELS["M=2 K=8 calibrated"][0], "calibration_tokens", 2048)
     monkeypatch.setitem(demo.MODELS["M=2 K=8 calibrated"][0], "calibration_steps", 2)
+    monkeypatch.setattr(demo, "write_tasks", partial(write_tasks, samples=12))
     table = run_demo(tmp_path / "demo", seed=5, steps=3)
     assert table in capsys.readouterr().out
     found = {}

@@ -156,6 +156,7 @@ answer = [name for name, _ in model.named_parameters() if "lora_" in name]
     assert any("down_proj" in name for name in names)
 
 
+@pytest.mark.slow  # four processes that load the model; tests/convert/test_publish.py pushes as well
 def test_push_and_load_from_the_hub(here):
     with running_hub() as (hub, environment):
         command = [sys.executable, "-m", "finedeep_cli", *commands("push.md")[0][1:]]

@@ -15,7 +15,12 @@ from transformers import AutoModelForCausalLM
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "finedeep_cli")
 # One window is held out: the second process has none.
-OPTIONS = {"calibration_tokens": 2048, "calibration_steps": 4, "num_experts_per_sublayer": 4}
+OPTIONS = {
+    "calibration_tokens": 2048,
+    "calibration_steps": 4,
+    "num_expert_sublayers": 2,
+    "num_experts_per_sublayer": 4,
+}
 
 
 def test_windows_are_dealt_out_once(monkeypatch):
@@ -40,8 +45,8 @@ def test_two_processes_find_what_one_does(tmp_path, source):
     text.write_text("".join(chr(97 + (i * i + i // 7) % 26) for i in range(4000)))
     calibrate = "self" if source == "self" else str(text)
     convert_checkpoint(dense, tmp_path / "one", calibrate=calibrate, progress=False, **OPTIONS)
-    words = ["convert", str(dense), str(tmp_path / "two"), "--calibrate", calibrate, "--experts", "4"]
-    words += ["--calibration-tokens", "2048", "--calibration-steps", "4"]
+    words = ["convert", str(dense), str(tmp_path / "two"), "--calibrate", calibrate, "--sublayers", "2"]
+    words += ["--experts", "4", "--calibration-tokens", "2048", "--calibration-steps", "4"]
     done = subprocess.run(
         [sys.executable, "-m", *TORCHRUN, *words],
         capture_output=True,

@@ -115,7 +115,7 @@ def test_a_bos_outside_of_the_embeddings_is_one_line(tmp_path, dense):
     path = tmp_path / "dense/config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "bos_token_id": 260}))
     words = "bos_token_id=260, and the model has 260 tokens, from 0"
-    options = {"num_experts_per_sublayer": 4, "progress": False}
+    options = {"num_expert_sublayers": 2, "num_experts_per_sublayer": 4, "progress": False}
     with pytest.raises(ConversionError, match=words):
         convert_checkpoint(tmp_path / "dense", tmp_path / "cut", calibrate="self", **options)
     convert_checkpoint(tmp_path / "dense", tmp_path / "cut", **options)
