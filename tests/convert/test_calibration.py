@@ -365,19 +365,23 @@ def test_a_stopped_calibration_goes_on_with_the_next_layer(tmp_path, dense, text
     assert fingerprint(out) == fingerprint(tmp_path / "at once")
 
 
+def ending_in_layer_1(error):
+    """In the place of `Calibration._best_stage`: layer 0 is done, and then this is raised."""
+    climb = Calibration._best_stage
+
+    def ending(self, cut, u, dense_u, wanted, i, *more):
+        if i == 1:
+            raise error
+        return climb(self, cut, u, dense_u, wanted, i, *more)
+
+    return ending
+
+
 def test_a_changed_text_is_not_gone_on_with(tmp_path, dense, text, monkeypatch):
     mine = tmp_path / "text.txt"
     mine.write_bytes(text.read_bytes())
-
-    climb = Calibration._best_stage
-
-    def stop(self, cut, u, dense_u, wanted, i, *more):
-        if i == 1:
-            raise KeyboardInterrupt
-        return climb(self, cut, u, dense_u, wanted, i, *more)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Calibration, "_best_stage", stop)
+        patch.setattr(Calibration, "_best_stage", ending_in_layer_1(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             calibrate(dense, tmp_path / "out", mine)
     mine.write_bytes(text.read_bytes()[::-1])
@@ -458,15 +462,8 @@ def test_a_text_that_changes_meanwhile_is_not_what_the_receipt_names(tmp_path, d
 )
 def test_no_error_costs_what_is_done(tmp_path, dense, text, monkeypatch, error):
     """Nor does the same command, typed again without a thought."""
-    climb = Calibration._best_stage
-
-    def failing(self, cut, u, dense_u, wanted, i, *more):
-        if i == 1:
-            raise error
-        return climb(self, cut, u, dense_u, wanted, i, *more)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Calibration, "_best_stage", failing)
+        patch.setattr(Calibration, "_best_stage", ending_in_layer_1(error))
         with pytest.raises((RuntimeError, ConversionError), match="--resume continues from it, --overwrite starts"):
             calibrate(dense, tmp_path / "out", text)
     assert (WorkingFolder(tmp_path / "out").path / LAYER.format(0)).exists()
