@@ -155,8 +155,8 @@ def growth_tables(content: dict) -> str:
     return "\n\n".join(tables)
 
 
-def targets_table(content: dict) -> str:
-    """Each target beside what was measured, by M and K; what misses its limit is set in bold."""
+def targets(content: dict) -> list[tuple[str, str, float, list[float | None]]]:
+    """Of each target its name, what is divided by what, the limit, and what was measured for each of `CUTS`."""
     kind = content["machine"]["kind"]
     table = []
     for label, wanted, quotient, limit in TARGETS[kind]:
@@ -175,10 +175,15 @@ def targets_table(content: dict) -> str:
     loads = [ratio_of(row)[1] for row in rows_of(content, "start") if row["case"]["work"].startswith("from_pretrained")]
     if loads:
         table.append(("`from_pretrained`", "finedeep / dense", LOAD_LIMIT, [None, loads[0], None, None]))
+    return table
+
+
+def targets_table(content: dict) -> str:
+    """Each target beside what was measured, by M and K; what misses its limit is set in bold."""
     rows = [
         [label, quotient, f"{'≥' if quotient.startswith('loop') else '≤'} {limit:.2f}"]
         + [judged(value, limit, quotient.startswith("loop")) for value in cells]
-        for label, quotient, limit, cells in table
+        for label, quotient, limit, cells in targets(content)
     ]
     return markdown(["", "ratio", "target", *(f"M={M} K={K}" for M, K in CUTS)], rows, 2)
 

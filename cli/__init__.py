@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
             result = run(arguments)
-        if as_json:
+        if as_json and result is not None:  # of several processes one has it
             print(json.dumps(result, default=_in_json, indent=1))
     except KeyboardInterrupt as interruption:
         print(". ".join(["finedeep: interrupted", *_notes(interruption)]), file=sys.stderr)

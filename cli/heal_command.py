@@ -22,13 +22,16 @@ examples:
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finedeep_files.healing_options import HealingOptions
 from finedeep_files.inputs import check_model
 from finedeep_files.working_folder import WorkingFolder
 
 from .option_arguments import add_options
+
+if TYPE_CHECKING:
+    from finedeep.convert.heal.run import Healed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,8 +60,14 @@ def run(arguments: argparse.Namespace) -> Any:
     given = vars(arguments).copy()
     model, destination, quiet = given.pop("model"), given.pop("destination"), given.pop("quiet")
     done = heal(model, destination, progress=not quiet, **{**given, "training": dict(given["training"])})
-    if quiet or not is_first_process():
-        return done
+    if not is_first_process():
+        return None
+    if not quiet:
+        _tell(done)
+    return done
+
+
+def _tell(done: "Healed") -> None:
     print(f"{done.folder}: trained on {done.tokens_seen:,} tokens; on held-out ones, in nats per token:")
     names = {"next_token": "next-token loss", "divergence": "KL from the teacher"}
     for name, before in done.before.items():
@@ -66,4 +75,3 @@ def run(arguments: argparse.Namespace) -> Any:
     if all(done.after[name] > before for name, before in done.before.items()):
         print("  which is worse than before: a lower --learning-rate is wanted, or more text", file=sys.stderr)
     print(f'  load it with AutoModelForCausalLM.from_pretrained("{done.folder}", trust_remote_code=True)')
-    return done

@@ -60,8 +60,9 @@ def run_demo(output: str | Path, *, seed: int = 0, steps: int = 300) -> str:
     options = {"include_path": output / "tasks", "output": output / "results", "batch_size": 32, "seed": seed}
     results = {heading: evaluate(model, tasks, **options) for heading, model in models.items()}
     table = side_by_side(results)
-    print(f"\n{table}\n\n{explained(results, seed)}\n")
-    (output / "table.md").write_text(f"{table}\n\n{explained(results, seed)}\n", encoding="utf-8")
+    scores = f"{table}\n\n{explained(results, seed)}\n"
+    print(f"\n{scores}")
+    (output / "table.md").write_text(scores, encoding="utf-8")
 
     print(f"4. Activations and gates on a text of the same kind, as plots in {output / 'plots'}:")
     print(looked_at({name: models[name] for name in ("dense", "M=2 K=8 calibrated")}, world, seed, output))

@@ -184,7 +184,7 @@ def plan_of(
     models: Mapping[str, str | Path], tasks: Sequence[str], local: str | Path | None, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """All that decides the answers, to know a stopped run by."""
-    revision = (options.get("model_args") or {}).get("revision")
+    revision = _revision(options)
     decisive = {key: value for key, value in options.items() if key not in ("batch_size", "device", "answers")}
     plan = {
         **{name: str(path) for name, path in models.items()},
@@ -195,6 +195,11 @@ def plan_of(
         **decisive,
     }
     return json.loads(json.dumps(masked(plan), default=str))
+
+
+def _revision(options: Mapping[str, Any]) -> str | None:
+    """Of Hub ids, as --set gives it."""
+    return (options.get("model_args") or {}).get("revision")
 
 
 def _note_on_dtypes(dtypes: Mapping[str, str]) -> list[str]:
@@ -252,9 +257,7 @@ def _conclude(
         "n-shot": results["finedeep"]["n-shot"],
         "notes": notes,
         "dtypes": dtypes,
-        "weights": {
-            name: weights_of(path, (options.get("model_args") or {}).get("revision")) for name, path in models.items()
-        },
+        "weights": {name: weights_of(path, _revision(options)) for name, path in models.items()},
         "options": masked({key: value for key, value in options.items() if key not in NOT_TOLD}),
         "versions": versions(*PACKAGES),
     }

@@ -6,7 +6,6 @@ Each row is a question that somebody with a checkpoint asks, and says where its 
 import json
 import statistics
 from collections.abc import Iterable
-from typing import Any
 
 import from_checkout
 from finedeep.benchmarks import gap, results
@@ -67,17 +66,10 @@ def real_cut_row() -> list[str]:
 def speed_row(kind: str, question: str, cases: Iterable[tuple[str, str]]) -> list[str]:
     """Ratios to dense Llama at M=2 K=8, as benchmarks/results.py judges them."""
     content = results.load(BENCHMARKS)[kind]
-    found = ratios(content)
-    said = ", ".join(f"{words} {found[label]}" for label, words in cases)
+    found = {label: cells[results.CUTS.index((2, 8))] for label, _, _, cells in results.targets(content)}
+    said = ", ".join(f"{words} {found[label]:.2f}" for label, words in cases)
     where = content["machine"].get("device") or f"{content['machine']['threads']} CPU cores, float32"
     return [question, f"Time over dense Llama: {said}. {where}", "[Performance](docs/performance.md)"]
-
-
-def ratios(content: dict[str, Any]) -> dict[str, str]:
-    """The column of M=2 K=8 in the table of targets, by case."""
-    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in results.targets_table(content).splitlines()]
-    column = table[0].index("M=2 K=8")
-    return {row[0]: row[column].strip("*") for row in table[2:]}
 
 
 def claim_row() -> list[str]:
