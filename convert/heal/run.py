@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finedeep_files.commits import commit_of
 from finedeep_files.errors import ConversionError, one_line
 from finedeep_files.hashing import sha256
 from finedeep_files.healing_options import HealingOptions
@@ -100,7 +101,7 @@ def heal(
     teacher = _teacher(o.teacher, config) if o.teacher else None
     o = _settled(o, config, teacher)
     arguments = _training_arguments(o, work.path / TRAINING, progress)
-    files = _files(checkpoint.folder, o, teacher)
+    files = _files(checkpoint.folder, o)
     if progress and arguments.process_index == 0:
         _announce(o, checkpoint, teacher, arguments)
     with ExitStack() as stack:
@@ -327,14 +328,14 @@ def _check_enough(windows: torch.Tensor, o: HealingOptions) -> None:
         )
 
 
-def _files(model: Path, o: HealingOptions, teacher: PreTrainedModel | None) -> dict[str, Any]:
+def _files(model: Path, o: HealingOptions) -> dict[str, Any]:
     """What has to be the same beside the options: the text by its hash, weights by size and time, or by commit."""
     folders = [Path(folder) for folder in (model, o.teacher) if folder is not None]
     weights = [file.stat() for folder in folders for file in sorted(folder.glob("*.safetensors"))]
     return {
         "text": sha256(Path(o.data)) if Path(o.data).is_file() else None,
         "weights": [[found.st_size, found.st_mtime_ns] for found in weights],
-        "teacher": getattr(teacher.config, "_commit_hash", None) if teacher is not None else None,
+        "teacher": commit_of(o.teacher) if o.teacher and not Path(o.teacher).is_dir() else None,
     }
 
 
@@ -364,6 +365,8 @@ def _save(
         student.save_pretrained(folder, state_dict=state)
         (folder / "generation_config.json").unlink(missing_ok=True)  # it was the training's
         config.save_pretrained(folder)  # which names the dtype that it had, not the training's
+        for file in folder.glob("*.py"):  # of the class's module, which under FSDP2 is torch's
+            file.unlink()
         copy_code(folder)
         _write_companions(model, folder, o, files, healed)
     trainer.accelerator.wait_for_everyone()

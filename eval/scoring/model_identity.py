@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from finedeep_files.commits import commit_of
 from finedeep_files.hashing import sha256
 from finedeep_files.masking import masked
 from finedeep_files.versions import versions
-from transformers.utils import cached_file
 
 PACKAGES = ("lm_eval", "scipy")  # beside those that decide a conversion
 # The files of a model's folder that decide its answers.
@@ -34,7 +34,7 @@ def files_of(model: str | Path, file: str = "config.json", revision: str | None 
     """A folder's files, or the commit of a Hub id, which has `file`."""
     if Path(model).is_dir():
         return files_in(Path(model), DECISIVE)
-    return Path(cached_file(str(model), file, revision=revision or "main")).parent.name
+    return commit_of(str(model), file, revision)
 
 
 def weights_of(model: str | Path, revision: str | None = None) -> str:
