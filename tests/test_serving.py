@@ -611,7 +611,7 @@ def test_two_stages_are_the_whole_model(split):
 # ---------------------------------------------------------------- the engines themselves
 
 
-NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="vLLM and SGLang serve on a GPU; none is here")
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="engines on a GPU; none is here (tests/serving has vLLM on a CPU)")
 
 TRANSFORMERS_TOKENS = """
 import torch
