@@ -611,7 +611,8 @@ def test_two_stages_are_the_whole_model(split):
 # ---------------------------------------------------------------- the engines themselves
 
 
-NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="engines on a GPU; none is here (tests/serving has vLLM on a CPU)")
+NO_GPU = "engines on a GPU; none is here (tests/serving has vLLM on a CPU)"
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)
 
 TRANSFORMERS_TOKENS = """
 import torch
