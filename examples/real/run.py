@@ -29,6 +29,7 @@ import transformers
 from figures import WINDOW, answers, beside, finedeep, hidden_states, load, read, text_windows, weights
 from finedeep import __version__
 from finedeep.convert.receipt import RECEIPT
+from finedeep_files.whole_file import write_whole
 from safetensors.torch import load_file, save_file
 from smollm2 import WEIGHTS, dense_folder
 from tables import write_page
@@ -126,9 +127,7 @@ class Run:
         results["weights"] = WEIGHTS
         known.setdefault("made_with", {})[step] = machine()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_suffix(".part")
-        unfinished.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        unfinished.replace(self.path)
+        write_whole(self.path, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 
 
 def machine() -> dict[str, Any]:
