@@ -1,4 +1,4 @@
-# make demo   train, convert and score a small model here (about two minutes after the installation)
+# make demo   train, convert and score a small model here (about three minutes after the installation)
 # make test   lint and tests (about ten minutes on two cores)
 # make test-matrix   the tests in every supported version of transformers (half an hour)
 # make test-newest   the same with the newest of every dependency; before every release (a quarter of an hour)
