@@ -29,7 +29,7 @@ from finedeep_files.inputs import check_model, check_text
 from finedeep_files.working_folder import WorkingFolder
 
 from .argument_types import assignment
-from .option_arguments import add_options
+from .option_arguments import add_options, add_restart
 
 if TYPE_CHECKING:
     from finedeep.convert import Conversion
@@ -48,12 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, Options, assignment=assignment)
     option = parser.add_argument
     option("--revision", help="branch, tag or commit of a Hub source")
-    option("--resume", action="store_true", help="continue from what a stopped run has finished")
-    option(
-        "--overwrite",
-        action="store_true",
-        help="replace a finished conversion at DST, its own files only; start again where a run was stopped",
-    )
+    add_restart(parser, "conversion")
     option(
         "--dry-run",
         action="store_true",

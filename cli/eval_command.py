@@ -33,12 +33,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from finedeep_files.evaluation_options import EvaluationOptions
+from finedeep_files.evaluation_options import StudyOptions
 from finedeep_files.inputs import InputError, check_folder, check_model, check_text
 from finedeep_files.working_folder import WorkingFolder
 
 from .argument_types import batch, device, names, non_negative_int
-from .option_arguments import add_options
+from .option_arguments import add_options, add_restart
 from .task_names import check_tasks
 
 
@@ -47,17 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument
     option("model", metavar="MODEL", help="a folder or a Hub id, Finedeep or dense")
     option("--tasks", type=names, default=[], metavar="A,B", help="the harness's tasks or groups, or finedeep_suite")
-    option("--local", metavar="DIR", help="a folder of questions (*.jsonl) and texts (*.txt), which are tasks too")
     option("--baseline", metavar="DENSE", help="the dense model, to be compared with on the same samples")
     option("--text", metavar="FILE", help="with --baseline: a text on which to compare sparsity and gates")
-    option("--output", metavar="DIR", help="where to write results, samples, the comparison and its page")
-    option("--resume", action="store_true", help="continue from what a stopped run has finished")
-    option(
-        "--overwrite",
-        action="store_true",
-        help="replace an evaluation in --output, its own files only; start again where a run was stopped",
-    )
-    add_options(parser, EvaluationOptions, batch_size=batch, device=device, seed=non_negative_int)
+    add_options(parser, StudyOptions, batch_size=batch, device=device, seed=non_negative_int)
+    add_restart(parser, "evaluation", where="--output")
     option("--quiet", action="store_true", help="no progress, only the result")
 
 

@@ -11,30 +11,30 @@ examples:
 import argparse
 from pathlib import Path
 
+from finedeep_files.conversion_options import ExportOptions
 from finedeep_files.inputs import check_model
 from finedeep_files.working_folder import WorkingFolder
+
+from .option_arguments import add_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `finedeep export`."""
     parser.add_argument("source", metavar="SRC", help="the folder of a Finedeep model with one sub-layer")
     parser.add_argument("destination", metavar="DST", help="the folder to make; it must not exist, or be empty")
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weight file (default: 5GB)")
+    add_options(parser, ExportOptions)
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, str]:
     """Export and say where."""
-    WorkingFolder(Path(arguments.destination)).check()
-    check_model(arguments.source)
+    given = vars(arguments).copy()
+    source, destination, quiet = given.pop("source"), given.pop("destination"), given.pop("quiet")
+    WorkingFolder(Path(destination)).check()
+    check_model(source)
     from finedeep.convert import export_checkpoint
 
-    folder = export_checkpoint(
-        arguments.source,
-        arguments.destination,
-        max_shard_size=arguments.max_shard_size,
-        progress=not arguments.quiet,
-    )
-    if not arguments.quiet:
+    folder = export_checkpoint(source, destination, progress=not quiet, **given)
+    if not quiet:
         print(f'{folder}: load it with AutoModelForCausalLM.from_pretrained("{folder}")')
     return {"folder": str(folder)}

@@ -28,7 +28,7 @@ from finedeep_files.healing_options import HealingOptions
 from finedeep_files.inputs import check_model
 from finedeep_files.working_folder import WorkingFolder
 
-from .option_arguments import add_options
+from .option_arguments import add_options, add_restart
 
 if TYPE_CHECKING:
     from finedeep.convert.heal.run import Healed
@@ -40,12 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("model", metavar="DIR", help="the folder, or the Hub id, of a Finedeep checkpoint")
     option("destination", metavar="DST", help="the folder to make")
     add_options(parser, HealingOptions)
-    option("--resume", action="store_true", help="continue from the last checkpoint of a run that was stopped")
-    option(
-        "--overwrite",
-        action="store_true",
-        help="replace a finished healing at DST, its own files only; start again where a run was stopped",
-    )
+    add_restart(parser, "healing")
     option("--quiet", action="store_true", help="no progress bar, no summary")
 
 

@@ -17,11 +17,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from finedeep_files.evaluation_options import DTYPES
 from finedeep_files.inputs import check_model, check_text
+from finedeep_files.inspection_options import InspectionOptions
 from finedeep_files.working_folder import WorkingFolder
 
-from .argument_types import device, positive_int
+from .argument_types import device
+from .option_arguments import add_options, add_restart
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,45 +31,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("model", metavar="MODEL", help="a folder or a Hub id, Finedeep or dense")
     option("--text", required=True, metavar="FILE", help="a UTF-8 text")
     option("--baseline", metavar="DENSE", help="another model, to be put beside it")
-    option(
-        "--tokens", type=positive_int, default=65_536, metavar="N", help="of the text at most (default: %(default)s)"
-    )
     option("--output", metavar="DIR", help="where to write inspection.json and the figures, as PNG and SVG")
-    option("--overwrite", action="store_true", help="replace an inspection in --output, its own files only")
-    option("--device", type=device, help="such as cpu or cuda:0 (default: a GPU where there is one)")
-    option("--dtype", default="auto", choices=DTYPES, help="default: auto, the checkpoint's own")
+    add_restart(parser, "inspection", resume=False, where="--output")
+    add_options(parser, InspectionOptions, device=device)
     option("--quiet", action="store_true", help="no progress bar")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Inspect and print a table."""
-    if arguments.output:
-        WorkingFolder(Path(arguments.output), overwrite=arguments.overwrite).check()
-    for model in filter(None, (arguments.model, arguments.baseline)):
-        check_model(model)
-    check_text(arguments.text)
+    given = vars(arguments).copy()
+    model, baseline, text = given.pop("model"), given.pop("baseline"), given.pop("text")
+    output, overwrite, quiet = given.pop("output"), given.pop("overwrite"), given.pop("quiet")
+    if output:
+        WorkingFolder(Path(output), overwrite=overwrite).check()
+    for name in filter(None, (model, baseline)):
+        check_model(name)
+    check_text(text)
     from finedeep.convert.code_files import advice
     from finedeep.eval.inspect.inspection import inspect, prepare, save, table_of
 
-    if line := advice(arguments.model):
+    if line := advice(model):
         print(line, file=sys.stderr)
-    if arguments.output:
-        prepare(arguments.output, arguments.overwrite)
-    models = {"dense": arguments.baseline} if arguments.baseline else {}
-    models["finedeep" if arguments.baseline else "model"] = arguments.model
-    found = {
-        name: inspect(
-            model,
-            arguments.text,
-            tokens=arguments.tokens,
-            device=arguments.device,
-            dtype=arguments.dtype,
-            progress=not arguments.quiet,
-        )
-        for name, model in models.items()
-    }
+    if output:
+        prepare(output, overwrite)
+    models = {"dense": baseline, "finedeep": model} if baseline else {"model": model}
+    found = {name: inspect(model, text, progress=not quiet, **given) for name, model in models.items()}
     print(table_of(found))
-    if arguments.output:
-        for path in save(found, arguments.output, arguments.overwrite):
+    if output:
+        for path in save(found, output, overwrite):
             print(path)
     return found

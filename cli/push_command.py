@@ -18,19 +18,16 @@ import argparse
 from typing import Any
 
 from finedeep_files.inputs import check_folder
+from finedeep_files.publishing_options import PushOptions
+
+from .option_arguments import add_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `finedeep push`."""
     parser.add_argument("folder", metavar="DIR", help="the folder of a Finedeep model")
     parser.add_argument("repo_id", metavar="ORG/NAME", help="the repository; made where it does not exist")
-    parser.add_argument("--private", action="store_true", help="make a new repository private; refuse a public one")
-    parser.add_argument("--revision", metavar="BRANCH", help="branch to push to, made where it does not exist")
-    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead")
-    parser.add_argument("--results", metavar="PATH", help="lm-eval's results JSON or a folder of such, for the card")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the folder's code even where it is not this package's"
-    )
+    add_options(parser, PushOptions)
     parser.add_argument("--quiet", action="store_true", help="say nothing but the address")
 
 
@@ -39,17 +36,10 @@ def run(arguments: argparse.Namespace) -> Any:
     check_folder(arguments.folder, "a Finedeep model", ("config.json",))
     from finedeep.convert import push_folder
 
-    pushed = push_folder(
-        arguments.folder,
-        arguments.repo_id,
-        private=arguments.private,
-        revision=arguments.revision,
-        create_pr=arguments.create_pr,
-        results=arguments.results,
-        trust_remote_code=arguments.trust_remote_code,
-        say=not arguments.quiet,
-    )
+    given = vars(arguments).copy()
+    folder, repo_id, quiet = given.pop("folder"), given.pop("repo_id"), given.pop("quiet")
+    pushed = push_folder(folder, repo_id, say=not quiet, **given)
     print(pushed.url)
-    if not arguments.quiet:
-        print(f"revision {pushed.revision}: the same logits as {arguments.folder}")
+    if not quiet:
+        print(f"revision {pushed.revision}: the same logits as {folder}")
     return pushed

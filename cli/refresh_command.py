@@ -17,14 +17,15 @@ examples:
 import argparse
 from typing import Any
 
+from finedeep_files.publishing_options import RefreshOptions
+
+from .option_arguments import add_options
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `finedeep refresh`."""
     parser.add_argument("model", metavar="DIR_OR_REPO", help="a Finedeep model's folder or Hub id")
-    parser.add_argument("--revision", metavar="BRANCH", help="the branch of a Hub id (default: main)")
-    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the old code too, and compare logits")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be changed, and change nothing")
+    add_options(parser, RefreshOptions)
     parser.add_argument("--quiet", action="store_true", help="say nothing")
 
 
@@ -32,13 +33,9 @@ def run(arguments: argparse.Namespace) -> Any:
     """Refresh and say what was changed."""
     from finedeep.convert.hub.refresh import refresh_code, summary_of
 
-    done = refresh_code(
-        arguments.model,
-        revision=arguments.revision,
-        create_pr=arguments.create_pr,
-        trust_remote_code=arguments.trust_remote_code,
-        dry_run=arguments.dry_run,
-    )
-    if not arguments.quiet:
-        print(summary_of(arguments.model, done, arguments.dry_run))
+    given = vars(arguments).copy()
+    model, quiet = given.pop("model"), given.pop("quiet")
+    done = refresh_code(model, **given)
+    if not quiet:
+        print(summary_of(model, done, arguments.dry_run))
     return done

@@ -15,7 +15,7 @@ from finedeep_files.errors import ConversionError
 from finedeep_files.hashing import sha256
 from finedeep_files.json_files import read_json, write_json
 from finedeep_files.options import SELF, takes_options
-from finedeep_files.processes import is_first_process
+from finedeep_files.processes import is_first_process, share
 from finedeep_files.shards import INDEX, FolderWriter, write_index
 from finedeep_files.versions import versions
 from finedeep_files.working_folder import Contents, WorkingFolder
@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from .assignment import FORMULAS, assign
 from .calibrate.run import LAYER, WINDOWS, Calibration, LayerErrors, best_device
-from .calibrate.sharing import from_first
 from .code_files import CODE_FILES, copy_code
 from .cut import made
 from .plan import Plan, make_plan, same_plan
@@ -94,7 +93,7 @@ def convert_checkpoint(
     plan = plan_conversion(source, revision=revision, **options)
     if not is_first_process():
         if plan.options.calibrates:
-            from_first(None)  # the first has made its folder
+            share(None)  # the first has made its folder
             Calibration(plan, work.path, progress=False).run()
         return None
     if plan.much_padding:
@@ -107,7 +106,7 @@ def convert_checkpoint(
         hashes = {file.name: background.submit(sha256, file) for file in plan.dense.files}
         calibration = Calibration(plan, work.path, progress) if plan.options.calibrates else None
         if calibration is not None:
-            from_first(None)
+            share(None)
             calibration.run()
         neurons = _neurons_of(plan, calibration, folder, progress)
         with _one_thread():

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from finedeep_files.conversion_options import Options
+from finedeep_files.conversion_options import ExportOptions, Options
 from finedeep_files.errors import ConversionError, one_line
 from finedeep_files.json_files import write_json
+from finedeep_files.options import takes_options
 from finedeep_files.shards import INDEX, Entry, FolderWriter, Shard, plan_shards, write_index
 from finedeep_files.sizes import parse_size
 from finedeep_files.working_folder import Contents, WorkingFolder
@@ -48,9 +49,8 @@ CHANGEABLE = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
 MODULES = {dense: ours for ours, (dense, _, _) in SUBLAYER.items() if ours != "router"}
 
 
-def export_checkpoint(
-    source: str | Path, destination: str | Path, *, max_shard_size: str = "5GB", progress: bool = True
-) -> Path:
+@takes_options(ExportOptions)
+def export_checkpoint(source: str | Path, destination: str | Path, *, progress: bool = True, **options: Any) -> Path:
     """Write the dense model that a Finedeep model with M = 1 and constant gates is.
 
     With the receipt of its conversion in the folder, neurons go back to where they were, padding is taken off, and the
@@ -61,8 +61,8 @@ def export_checkpoint(
     Args:
         source: the Finedeep folder, or a Hub id.
         destination: the folder to make. It must not exist, or be empty.
-        max_shard_size: largest weight file.
         progress: whether to show a progress bar on stderr.
+        options: the fields of `ExportOptions`: `max_shard_size`, the largest weight file.
 
     Raises:
         ConversionError: the model is no dense model: M >= 2, routers that are not zero, gates other than 1, a norm on
@@ -87,7 +87,7 @@ def export_checkpoint(
     parts = _parts(form)
     shapes = dense_shapes(form.config)
     entries = [Entry(name, shapes[name], held.tensors[_ours(parts[name][0])].dtype) for name in shapes]
-    shards = plan_shards(entries, parse_size(max_shard_size))
+    shards = plan_shards(entries, parse_size(ExportOptions(**options).max_shard_size))
     nbytes = sum(shard.nbytes for shard in shards)
     work.check_room(nbytes)
     plan = {"source": str(held.folder.resolve()), "shards": [[shard.file_name, shard.nbytes] for shard in shards]}

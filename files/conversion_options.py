@@ -13,6 +13,17 @@ ROUTING_FUNCTIONS = {"sigmoid": "a sigmoid", "softmax": "a softmax over its sub-
 MEASURED = ("activity", "nonlinearity")  # assignments that need a text
 
 
+def _shard_size() -> str:
+    return option("5GB", "largest weight file (default: %(default)s)", metavar="SIZE")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How the dense model is written."""
+
+    max_shard_size: str = _shard_size()
+
+
 @dataclass(frozen=True)
 class Options:
     """What the user asked for. The fields of the receipt's `options`, with which the same bytes can be made again."""
@@ -69,7 +80,7 @@ class Options:
         "of the weights that are written (default: keep)",
         choices=("keep", "float32", "bfloat16", "float16"),
     )
-    max_shard_size: str = option("5GB", "largest weight file (default: 5GB)", metavar="SIZE")
+    max_shard_size: str = _shard_size()
 
     def __post_init__(self) -> None:
         not_measured = self.calibrate is not None and self.exact and self.text is None

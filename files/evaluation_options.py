@@ -66,8 +66,6 @@ class StudyOptions(EvaluationOptions):
     output: str | Path | None = option(
         None, "where to write results, samples, the comparison and its page", metavar="DIR"
     )
-    resume: bool = option(False, "continue from what a stopped run has finished")
-    overwrite: bool = option(
-        False, "replace an evaluation in --output, its own files only; start again where a run was stopped"
-    )
+    resume: bool = False
+    overwrite: bool = False
     say: Callable[[str], None] | None = None

@@ -5,6 +5,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from torch import distributed
 
 # By which a launcher tells a process of the others.
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -47,12 +48,19 @@ def is_needed() -> bool:
 
 
 def share(said: Any) -> Any:
-    """What the first process says, in all of them: each calls this and waits for the others."""
+    """What the first process says, in all of them: each calls this and waits for the others.
+
+    The process group is made where there is none yet; accelerate, which a conversion does without, then takes this one.
+    """
     if not are_several():
         return said
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
-
-    # As long as the harness would wait, where nobody has asked for a process group yet: the first to ask decides.
-    PartialState(timeout=timedelta(weeks=52))
-    return broadcast_object_list([said])[0]
+    if not distributed.is_initialized():
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is not None:
+            torch.accelerator.set_device_index(local_process_number())
+        backend = distributed.get_default_backend_for_device(accelerator or "cpu")
+        # Others wait while the first one reads a text or scores; the launcher ends them where it fails.
+        distributed.init_process_group(backend, timeout=timedelta(weeks=52))
+    values = [said]
+    distributed.broadcast_object_list(values)
+    return values[0]

@@ -17,7 +17,7 @@ import torch
 from finedeep_files.errors import ConversionError
 from finedeep_files.hashing import sha256
 from finedeep_files.options import SELF
-from finedeep_files.processes import are_several, is_first_process, local_process_number
+from finedeep_files.processes import are_several, is_first_process, local_process_number, share
 from finedeep_files.progress import in_words, say, seconds_for
 from finedeep_files.shards import save_whole
 from safetensors import safe_open
@@ -33,7 +33,7 @@ from .closed_form import correct
 from .gradient import BATCH, Objective, error_of, fit, logit_divergence, median_error, stream_error
 from .neuron_statistics import MAX_TOKENS, activity_on, nonlinearity_on
 from .residual_stream import Stream, longest_usual, over_chunks, sublayers_from, through, token_weights
-from .sharing import Share, everywhere, from_first
+from .sharing import Share, everywhere
 from .text import held_out, sampled_by_all, text_windows
 
 WINDOWS = "calibration-windows.safetensors"
@@ -69,7 +69,7 @@ class Calibration:
         Raises:
             ConversionError: the text is too short, or the model's activations are not finite.
         """
-        finished = from_first(
+        finished = share(
             all((self.folder / LAYER.format(i)).exists() for i in range(self.plan.config.num_hidden_layers))
         )
         if self.progress and not finished:
@@ -147,7 +147,7 @@ class Calibration:
     def _windows(self) -> torch.Tensor:
         """(windows, seq) token ids; the first are held out."""
         path, o = self.folder / WINDOWS, self.plan.options
-        if from_first(not path.exists()):
+        if share(not path.exists()):
             if o.calibrate == SELF:
                 model = load_dense(self.plan.dense.folder, self.plan.dense_config).to(self.device)
                 if self.device.type == "cpu":
@@ -161,7 +161,7 @@ class Calibration:
             text = {} if o.calibrate == SELF else {"name": Path(o.calibrate).name, "sha256": sha256(Path(o.calibrate))}
             if is_first_process():
                 save_whole({"windows": found.contiguous()}, path, text)
-            from_first(None)  # it is saved
+            share(None)  # it is saved
         return load_file(path)["windows"]
 
     def _check_enough(self, windows: torch.Tensor) -> None:
@@ -180,13 +180,13 @@ class Calibration:
         before = stream.dense.clone()
         over_chunks(partial(through, [ffn], r=self.r), stream.dense, self.device)
         stream.check(f"after layer {i}")
-        if from_first(not path.exists()):
+        if share(not path.exists()):
             u, dense_u, wanted = (h.flatten(0, 1) for h in (stream.finedeep, before, stream.dense))
             some = self.share.of_the_first(MAX_TOKENS)
             activity = partial(activity_on, ffn, dense_u[:some])
             nonlinearity = partial(nonlinearity_on, ffn, dense_u[:some], token_weights(wanted)[:some])
             layer = plan.layer(i, activity, nonlinearity)
-            neurons = from_first(assign(plan.options.assignment, layer))
+            neurons = share(assign(plan.options.assignment, layer))
             tensors = {name: t for name, t in layer_tensors(plan, i, neurons).items() if ".sublayers." in name}
             padding = {name: tensors[name][rows] for name, rows in padding_rows(tensors, neurons).items()}
             for name, rows in padding_rows(tensors, neurons).items():
@@ -201,7 +201,7 @@ class Calibration:
             known = {"errors": json.dumps(asdict(errors)), "threads": str(torch.get_num_threads())}
             if is_first_process():
                 save_whole({NEURONS: neurons, **tensors}, path, known)
-            from_first(None)  # it is saved
+            share(None)  # it is saved
             if self.progress:
                 stages = ", ".join(f"{stage.replace('_', ' ')} {error:.3f}" for stage, error in asdict(errors).items())
                 self.first = i if self.first is None else self.first

@@ -3,27 +3,11 @@
 Each function is the identity where there is one process, and is called by all of them where there are several.
 """
 
-from datetime import timedelta
 from typing import Any
 
 import torch
-from finedeep_files.processes import are_several, local_process_number, number_of_processes, process_number
+from finedeep_files.processes import are_several, number_of_processes, process_number
 from torch import distributed
-
-
-def from_first(value: Any) -> Any:
-    """What the first process has, in all of them: each waits for it."""
-    if not are_several():
-        return value
-    if not distributed.is_initialized():
-        accelerated = torch.accelerator.is_available()
-        if accelerated:
-            torch.accelerator.set_device_index(local_process_number())
-        # Others wait while the first one reads a text.
-        distributed.init_process_group("nccl" if accelerated else "gloo", timeout=timedelta(hours=6))
-    values = [value]
-    distributed.broadcast_object_list(values)
-    return values[0]
 
 
 def from_all(value: Any) -> list[Any]:

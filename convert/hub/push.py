@@ -12,6 +12,8 @@ import torch
 from finedeep_files.errors import ConversionError, one_line
 from finedeep_files.json_files import read_json
 from finedeep_files.masking import masked
+from finedeep_files.options import takes_options
+from finedeep_files.publishing_options import PushOptions
 from finedeep_files.versions import versions
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
 from huggingface_hub.errors import RepositoryNotFoundError
@@ -36,16 +38,13 @@ class Push:
     url: str
 
 
+@takes_options(PushOptions)
 def push_folder(
     folder: str | Path,
     repo_id: str,
     *,
-    private: bool = False,
-    revision: str | None = None,
-    create_pr: bool = False,
-    results: str | Path | None = None,
-    trust_remote_code: bool = False,
     say: bool = True,
+    **options: Any,
 ) -> Push:
     """Upload a converted model with a model card, and check that it comes back the same.
 
@@ -56,47 +55,46 @@ def push_folder(
     Args:
         folder: what `convert_checkpoint` or `save_pretrained` wrote.
         repo_id: "ORG/NAME". It is made where it does not exist.
-        private: whether the repository has to be private. A new one is made so; a public one is refused.
-        revision: a branch to push to, made where it does not exist; by default main.
-        create_pr: whether to open a pull request instead.
-        results: lm-eval's results JSON, or a folder with such, for the card's evaluation results; of a folder of
-            `finedeep eval --baseline` the comparison too. A README.md in the folder is the card as it is, without.
-        trust_remote_code: whether to run the folder's code where it is not this package's.
         say: whether to tell on stderr what is being done.
+        options: the fields of `PushOptions`. `private` makes a new repository private, and refuses a public one;
+            `revision` is a branch, made where it does not exist; `create_pr` opens a pull request instead; `results` is
+            lm-eval's results JSON, or a folder with such, for the card's evaluation results, and of a folder of
+            `finedeep eval --baseline` the comparison too (a README.md in the folder is the card as it is, without);
+            `trust_remote_code` runs the folder's code where it is not this package's.
 
     Raises:
         ConversionError: the folder does not load, holds links that lead out of it, secrets, or code that is not this
             package's; the Hub refuses, the connection breaks, or what comes back differs. What has arrived is not sent
             again by a second run.
     """
-    folder, tell = Path(folder), _telling(say)
+    o, folder, tell = PushOptions(**options), Path(folder), _telling(say)
     config, files = _check(folder), _files(folder)
-    card = _card_maker(folder, repo_id, config, results)
-    first_card = card(revision or "main")  # before anything is sent: what is wrong with it shows now
-    if not trust_remote_code:
+    card = _card_maker(folder, repo_id, config, o.results)
+    first_card = card(o.revision or "main")  # before anything is sent: what is wrong with it shows now
+    if not o.trust_remote_code:
         _check_code(folder)
     if line := advice(folder):
         tell(line)
     api = HfApi()
-    _check_repository(api, repo_id, private)
+    _check_repository(api, repo_id, o.private)
     tell(f"Loading {folder} as anybody would ...")
-    here = _logits_here(folder, trust_remote_code)
+    here = _logits_here(folder, o.trust_remote_code)
     if not say:
         disable_progress_bars()
     with hub_errors(repo_id):
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        _check_repository(api, repo_id, private)  # somebody else may have made it meanwhile
+        api.create_repo(repo_id, private=o.private, exist_ok=True)
+        _check_repository(api, repo_id, o.private)  # somebody else may have made it meanwhile
         tell(f"Uploading {len(files)} files to {repo_id} ...")
-        if revision:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        if o.revision:
+            api.create_branch(repo_id, branch=o.revision, exist_ok=True)
         additions = [CommitOperationAdd(file.relative_to(folder).as_posix(), file) for file in files]
         message = "Upload Finedeep model"
         pushed = api.create_commit(
-            repo_id, [first_card, *additions], commit_message=message, revision=revision, create_pr=create_pr
+            repo_id, [first_card, *additions], commit_message=message, revision=o.revision, create_pr=o.create_pr
         )
         if not (folder / CARD).is_file():
             message = "Model card, with the revision of the weights"
-            where = pushed.pr_revision or revision
+            where = pushed.pr_revision or o.revision
             api.create_commit(repo_id, [card(pushed.oid)], commit_message=message, revision=where)
     tell(f"Loading {repo_id} at {pushed.oid} from the Hub, into an empty cache ...")
     if not torch.equal(_logits_there(repo_id, pushed.oid, folder), here):

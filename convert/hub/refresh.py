@@ -14,6 +14,8 @@ import torch
 from finedeep_files.errors import ConversionError, one_line
 from finedeep_files.inputs import check_model
 from finedeep_files.json_files import as_json, read_json
+from finedeep_files.options import takes_options
+from finedeep_files.publishing_options import RefreshOptions
 from finedeep_files.versions import versions
 from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 from huggingface_hub.utils import disable_progress_bars
@@ -47,14 +49,8 @@ class Refresh:
     revision: str | None = None
 
 
-def refresh_code(
-    model: str | Path,
-    *,
-    revision: str | None = None,
-    create_pr: bool = False,
-    trust_remote_code: bool = False,
-    dry_run: bool = False,
-) -> Refresh:
+@takes_options(RefreshOptions)
+def refresh_code(model: str | Path, **options: Any) -> Refresh:
     """Give a Finedeep model the installed package's code and the references to it in its config.json.
 
     None of the model's own code is run unless `trust_remote_code` is set. Then logits on a few tokens are compared,
@@ -62,20 +58,18 @@ def refresh_code(
 
     Args:
         model: a folder, with or without code, or a Hub id. A repository on the Hub is changed by a commit.
-        revision: a branch of the Hub's repository; by default main.
-        create_pr: whether to open a pull request instead.
-        trust_remote_code: whether to run the old code, to compare. The model is then held in memory, and of a Hub id
-            it is downloaded whole.
-        dry_run: whether to change nothing.
+        options: the fields of `RefreshOptions`. `revision` is a branch of the Hub's repository, by default main;
+            `create_pr` opens a pull request instead; `trust_remote_code` runs the old code, to compare (the model is
+            then held in memory, and of a Hub id it is downloaded whole); `dry_run` changes nothing.
 
     Raises:
         ConversionError: it is no Finedeep model, its configuration is not understood, it is of a newer version, logits
             differ, or the folder or the repository cannot be written. Nothing has then been changed.
     """
-    folder, commit = Path(model), None
+    o, folder, commit = RefreshOptions(**options), Path(model), None
     if not folder.is_dir():
-        folder, commit = _fetched(model, revision, whole=trust_remote_code)
-    elif revision or create_pr:
+        folder, commit = _fetched(model, o.revision, whole=o.trust_remote_code)
+    elif o.revision or o.create_pr:
         raise ConversionError(f"{model} is a folder; a revision and a pull request are of a Hub id.")
     config = _understood(folder)
     before = version_in(folder / MARKED)
@@ -84,16 +78,16 @@ def refresh_code(
     if not changes:
         return Refresh(before, {})
     difference, not_compared = None, None
-    if trust_remote_code:
+    if o.trust_remote_code:
         difference, not_compared = _compared(folder, config, files)
     if (folder / RECEIPT).is_file():
         files[RECEIPT] = _receipt(folder, before, difference)
         changes[RECEIPT] = "notes the refresh"
     url, made = None, None
-    if commit is None and not dry_run:
+    if commit is None and not o.dry_run:
         _write_together(folder, files)
-    elif not dry_run:
-        url, made = _commit(str(model), commit, revision, create_pr, files)
+    elif not o.dry_run:
+        url, made = _commit(str(model), commit, o.revision, o.create_pr, files)
     return Refresh(before, changes, difference, not_compared, url, made)
 
 

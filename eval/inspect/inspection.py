@@ -8,7 +8,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from finedeep_files.inspection_options import InspectionOptions
 from finedeep_files.loading_bars import without_loading_bars
+from finedeep_files.options import takes_options
 from finedeep_files.text_files import JSON_LINES
 from finedeep_files.tokenizers import load_tokenizer
 from finedeep_files.whole_file import write_whole
@@ -27,14 +29,13 @@ PIECE = 2**16  # characters that are tokenised at a time
 SHOWN = 40  # tokens whose gates are kept one by one
 
 
+@takes_options(InspectionOptions)
 def inspect(
     model: str | Path,
     text: str | Path,
     *,
-    tokens: int = 65_536,
-    device: str | None = None,
-    dtype: str = "auto",
     progress: bool = True,
+    **options: Any,
 ) -> dict[str, Any]:
     """Send a text through a model and sum up what its FFNs do.
 
@@ -43,10 +44,8 @@ def inspect(
     Args:
         model: a local folder or a Hub id.
         text: a UTF-8 text file. It is read as it is needed.
-        tokens: how many of them at most.
-        device: such as "cpu" or "cuda:0"; None picks a GPU where there is one.
-        dtype: "auto" for the checkpoint's own, or such as "float32".
         progress: whether to show a bar on stderr.
+        options: the fields of `InspectionOptions`: `tokens` of the text at most, `device` and `dtype`.
 
     Returns:
         JSON-able: `loss` in nats per token, `nsar` overall by threshold, `histogram` of act(gate) with its `edges`,
@@ -56,16 +55,17 @@ def inspect(
     Raises:
         EvaluationError: the model or text cannot be read, or the model has no FFNs that are known here, or is broken.
     """
+    o = InspectionOptions(**options)
     check_text(Path(text))
-    loaded, tokenizer = load(model, device, dtype)
-    window = min(WINDOW, loaded.config.max_position_embeddings, max(2, tokens))
+    loaded, tokenizer = load(model, o.device, o.dtype)
+    window = min(WINDOW, loaded.config.max_position_embeddings, max(2, o.tokens))
     places = places_of(loaded)
     handles = [handle for place, ffn in places for handle in watch(place, ffn)]
     finedeep = places[0][0].K > 0
     loss, seen, beginning = 0.0, 0, {}
     try:
-        with torch.inference_mode(), tqdm(total=tokens, unit="tok", disable=None if progress else True) as bar:
-            for batch in batches(tokenizer, Path(text), window, tokens):
+        with torch.inference_mode(), tqdm(total=o.tokens, unit="tok", disable=None if progress else True) as bar:
+            for batch in batches(tokenizer, Path(text), window, o.tokens):
                 ids = torch.tensor(batch, device=loaded.device)
                 more = {"output_router_logits": True} if finedeep and not beginning else {}
                 out = loaded(input_ids=ids, labels=ids, use_cache=False, **more)
