@@ -1,12 +1,12 @@
 """Run a script in a process of its own that cannot import this project, as a user's machine would."""
 
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
 import textwrap
-import traceback
+
+from forked import run_forked
 
 PREAMBLE = """
 import sys
@@ -16,9 +16,6 @@ import json, warnings
 warnings.filterwarnings("error", category=DeprecationWarning, module="transformers_modules")
 warnings.filterwarnings("error", category=FutureWarning, module=r"transformers_modules|torch\\.nn\\.modules\\.module")
 """
-# A server that has imported what takes seconds, and nothing of this project, forks the processes; Python has but one.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "transformers.generation.utils", "transformers.models.llama.modeling_llama"])
 
 
 def run_isolated(script, *arguments, **environment):
@@ -29,17 +26,7 @@ def run_isolated(script, *arguments, **environment):
     code = PREAMBLE + textwrap.dedent(script)
     arguments = [*map(str, arguments)]
     if not environment:
-        mine, other = FORKS.Pipe()
-        process = FORKS.Process(target=run_forked, args=(code, arguments, other))
-        process.start()
-        other.close()
-        try:
-            answer, error = mine.recv() if mine.poll(300) else (None, "it has not answered for 300 seconds")
-        except EOFError:
-            answer, error = None, "it died without a word"
-        process.kill()  # if it is still there
-        process.join()
-        assert error is None, error
+        (answer,) = run_forked(answer_to, code, arguments)
         return json.loads(answer)
     done = subprocess.run(
         [sys.executable, "-c", f"{code}\nprint('ANSWER' + json.dumps(answer))", *arguments],
@@ -53,14 +40,11 @@ def run_isolated(script, *arguments, **environment):
     return json.loads(done.stdout.rsplit("ANSWER", 1)[1])
 
 
-def run_forked(code, arguments, pipe):
-    """What a forked process does: run the code, send the answer as JSON, or what was raised."""
+def answer_to(code, arguments):
+    """What a forked process does: run the code, give its answer as JSON."""
+    assert "finedeep" not in sys.modules
+    os.chdir(os.environ["HF_HOME"])
     names = {"__name__": "__main__"}
-    try:
-        assert "finedeep" not in sys.modules
-        os.chdir(os.environ["HF_HOME"])
-        sys.argv = ["isolated", *arguments]
-        exec(compile(code, "isolated", "exec"), names)
-        pipe.send((json.dumps(names["answer"]), None))
-    except BaseException:
-        pipe.send((None, traceback.format_exc()))
+    sys.argv = ["isolated", *arguments]
+    exec(compile(code, "isolated", "exec"), names)
+    return json.dumps(names["answer"])

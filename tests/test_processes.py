@@ -16,6 +16,7 @@ from finedeep import FinedeepConfig, FinedeepForCausalLM
 from finedeep.eval import evaluate
 from finedeep.eval.compare.scores import scores_of
 from finedeep.eval.scoring.local_tasks import write_task
+from forked import run_script
 from lm_eval.models.huggingface import HFLM
 
 SCRIPTS = pathlib.Path(__file__).parent / "processes"
@@ -53,11 +54,11 @@ def test_tensor_parallel(tmp_path):
         for way, cases in ways.items()
         for i, changes in enumerate(cases)
     ]
-    passes(TORCHRUN, "tensor_parallel.py", *folders)
+    run_script(SCRIPTS / "tensor_parallel.py", *folders, processes=2)
 
 
 def test_fully_shard(tmp_path):
-    passes(TORCHRUN, "fully_shard.py", save_random(tmp_path))
+    run_script(SCRIPTS / "fully_shard.py", save_random(tmp_path), processes=2)
 
 
 @pytest.mark.slow  # FSDP2 below goes the same way, and further
@@ -99,7 +100,7 @@ def test_scoring_goes_on_with_another_number_of_processes(tmp_path, monkeypatch,
         evaluate(dense, work=work, say=stop, **how)
     answer_cache = tmp_path / "answer_cache"
     evaluate(dense, answers=answer_cache, limit=6, **how | {"tasks": ["story", "sums"]})
-    passes(TORCHRUN, "evaluated.py", dense, tasks, work, answer_cache)
+    run_script(SCRIPTS / "evaluated.py", dense, tasks, work, answer_cache, processes=2)
 
     (work / "answers-2_all.json").unlink()  # as if the two had been stopped in `sums`
     asked = []

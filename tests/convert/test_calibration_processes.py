@@ -1,9 +1,6 @@
-"""Calibration in two processes, over gloo, by torchrun: what one process finds, to rounding."""
+"""Calibration in two processes, over gloo: what one process finds, to rounding."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,9 +8,9 @@ from conftest import make_dense
 from finedeep.convert import convert_checkpoint
 from finedeep.convert.calibrate.sharing import Share
 from finedeep.convert.receipt import RECEIPT
+from forked import run_command
 from transformers import AutoModelForCausalLM
 
-TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "finedeep_cli")
 # One window is held out: the second process has none.
 OPTIONS = {
     "calibration_tokens": 2048,
@@ -47,15 +44,10 @@ def test_two_processes_find_what_one_does(tmp_path, source):
     convert_checkpoint(dense, tmp_path / "one", calibrate=calibrate, progress=False, **OPTIONS)
     words = ["convert", str(dense), str(tmp_path / "two"), "--calibrate", calibrate, "--sublayers", "2"]
     words += ["--experts", "4", "--calibration-tokens", "2048", "--calibration-steps", "4"]
-    done = subprocess.run(
-        [sys.executable, "-m", *TORCHRUN, *words],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("M=2 sub-layers") == 1  # the first process speaks
+    first, second = run_command(words, processes=2)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "M=2 sub-layers" in first.stdout
+    assert second.stdout == ""
     one, two = (json.loads((tmp_path / name / RECEIPT).read_text())["calibration"] for name in ("one", "two"))
     for before, after in zip(one["relative_errors"], two["relative_errors"], strict=True):
         assert after == pytest.approx(before, rel=2e-2)

@@ -8,7 +8,6 @@ import re
 import shutil
 import struct
 import subprocess
-import sys
 import warnings
 
 import pytest
@@ -17,6 +16,7 @@ from conftest import TINY, make_dense
 from finedeep.convert import ConversionError, convert_checkpoint, export_checkpoint, plan
 from finedeep.convert.assignment import PADDING, deal
 from finedeep.convert.conversion import plan_conversion
+from forked import run_command
 from hub_server import running_hub
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers
@@ -240,8 +240,7 @@ def test_a_tokenizers_code_is_not_run_whatever_is_answered(tmp_path, dense, comm
     (source / "tokenizer_config.json").write_text(json.dumps(config))
     (source / "evil.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nclass Evil: pass")
     (tmp_path / "text.txt").write_text("There was a text. It was not long. " * 200)
-    command = [sys.executable, "-m", "finedeep_cli", *command]
-    subprocess.run(command, cwd=tmp_path, input="y\n" * 9, capture_output=True, text=True, timeout=120)
+    run_command(command, cwd=tmp_path, said="y\n" * 9)
     assert not (tmp_path / "run").exists()
 
 
@@ -277,14 +276,6 @@ def test_recomputed_and_redundant_tensors_are_allowed(tmp_path):
     assert_same_logits(dense, tmp_path / "out")
 
 
-BOTH = """
-import sys
-import warnings
-from finedeep_cli import main
-print([main(["convert", name, sys.argv[1], "--sublayers", "1", "--quiet"]) for name in ("org/gemma", "org/dense")])
-"""
-
-
 def test_a_hub_id_is_fetched_without_its_code(tmp_path, dense):
     """Over real HTTP; only configuration, weights and companions are asked for."""
     files = {path.name: path.read_bytes() for path in dense.iterdir()}
@@ -293,11 +284,14 @@ def test_a_hub_id_is_fetched_without_its_code(tmp_path, dense):
     gemma = {**files, "config.json": json.dumps({"model_type": "gemma2"}).encode()}
     with running_hub() as (hub, environment):
         hub.repositories |= {"org/dense": [files], "org/gemma": [gemma]}
-        environment |= {**os.environ, **environment, "HF_HOME": str(tmp_path / "hub")}
-        command = [sys.executable, "-c", BOTH, str(tmp_path / "out")]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.stdout == "[2, 0]\n", done.stderr
-        assert "org/gemma has model_type 'gemma2', which cannot be converted" in done.stderr
+        environment |= {"HF_HOME": str(tmp_path / "hub")}
+        for name, status, words in (
+            ("org/gemma", 2, "org/gemma has model_type 'gemma2', which cannot be converted"),
+            ("org/dense", 0, ""),
+        ):
+            (done,) = run_command(["convert", name, tmp_path / "out", "--sublayers", "1", "--quiet"], environment)
+            assert (done.returncode, done.stdout) == (status, ""), done.stderr
+            assert words in done.stderr
         fetched = {path.rsplit("/", 1)[1] for _, path in hub.requests if "/resolve/" in path}
         assert not [path for _, path in hub.requests if path.startswith("/org/gemma") and path.endswith(".safetensors")]
     assert "model.safetensors" in fetched
@@ -482,20 +476,12 @@ def test_an_empty_destination_is_used(tmp_path, dense):
     assert_same_logits(dense, tmp_path / "out")
 
 
-FILE_LIMIT = """
-import resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-from finedeep_cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 def test_a_write_that_fails_leaves_what_is_finished(tmp_path):
     """The process may write no file of more than 60 KB: shards with the FFN, which come later, cannot be written."""
     dense = make_dense(tmp_path / "dense", intermediate_size=1200)
     (tmp_path / "place").mkdir()
     command = ["convert", str(dense), str(tmp_path / "place/out"), "--quiet", "--max-shard-size", "50KB"]
-    done = subprocess.run([sys.executable, "-c", FILE_LIMIT, *command], capture_output=True, text=True)
+    (done,) = run_command(command, largest_file=60_000)
     assert done.returncode == 2
     assert re.fullmatch(r"finedeep: error: [^\n]+File too large[^\n]+\n", done.stderr)
     assert "--resume continues" in done.stderr

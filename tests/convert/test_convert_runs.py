@@ -21,7 +21,7 @@ from finedeep.convert.receipt import RECEIPT
 from finedeep_cli import argument_types, convert_command, main
 from finedeep_files.hashing import sha256
 from finedeep_files.working_folder import Contents, WorkingFolder
-from isolated import FORKS
+from forked import FORKS
 from safetensors.torch import load_file, save_file
 from test_convert import assert_same_logits, fingerprint, load
 from transformers import AutoModelForCausalLM, LlamaForCausalLM

@@ -1,9 +1,6 @@
 """Back to the dense model: equal tensors, or a refusal."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +10,7 @@ from finedeep.convert import ConversionError, convert_checkpoint, export_checkpo
 from finedeep.convert.families import FAMILIES
 from finedeep.convert.receipt import NEURONS, RECEIPT
 from finedeep_cli import main
+from forked import run_command
 from hub_server import running_hub
 from safetensors.torch import load_file, save_file
 from test_families import CASES, make_family
@@ -115,9 +113,8 @@ def test_a_hub_id_comes_with_its_receipt(tmp_path, dense):
     convert_checkpoint(dense, tmp_path / "there", num_expert_sublayers=1, assignment="random", progress=False)
     with running_hub() as (hub, environment):
         hub.repositories["org/there"] = [{path.name: path.read_bytes() for path in (tmp_path / "there").iterdir()}]
-        environment = {**os.environ, **environment, "HF_HOME": str(tmp_path / "home")}
-        command = [sys.executable, "-m", "finedeep_cli", "export", "org/there", str(tmp_path / "back"), "--quiet"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        environment["HF_HOME"] = str(tmp_path / "home")
+        (done,) = run_command(["export", "org/there", tmp_path / "back", "--quiet"], environment)
         fetched = {path.rsplit("/", 1)[1] for _, path in hub.requests if "/resolve/" in path}
     assert done.returncode == 0, done.stderr
     assert not [name for name in fetched if name.endswith(".py")]

@@ -1,11 +1,8 @@
 """Publishing over real HTTP, with the real client, to a Hub on loopback."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +12,7 @@ from finedeep.convert import ConversionError, convert_checkpoint
 from finedeep.convert.hub.card import make_card, read_scores
 from finedeep.convert.hub.push import push_folder
 from finedeep_cli import main
+from forked import run_command
 from hub_server import TOKEN, running_hub
 
 
@@ -30,9 +28,9 @@ def finedeep_folder(tmp_path_factory):
 
 
 def push(folder, environment, *options):
-    """`finedeep push` in a process of its own, as huggingface_hub reads its settings when it is imported."""
-    command = [sys.executable, "-m", "finedeep_cli", "push", str(folder), "org/model", *options]
-    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)
+    """`finedeep push` in a process of its own, with the settings of huggingface_hub that the environment has."""
+    (done,) = run_command(["push", folder, "org/model", *options], environment)
+    return done
 
 
 def metadata(card):

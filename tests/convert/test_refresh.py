@@ -1,10 +1,7 @@
 """`finedeep refresh`: the code of a model that was made earlier, or without, becomes the installed package's."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -15,6 +12,7 @@ from finedeep.convert import ConversionError, refresh_code
 from finedeep.convert.code_files import CODE_FILES, advice, version_in
 from finedeep.convert.hub import standalone
 from finedeep_cli import main
+from forked import run_command
 from hub_server import TOKEN, running_hub
 from isolated import run_isolated
 from safetensors.torch import load_file
@@ -182,22 +180,15 @@ def test_a_refresh_that_fails_leaves_the_folder_as_it_was(old, monkeypatch, fail
     assert contents(old) == before
 
 
-ON_THE_HUB = """
-from finedeep_cli import main
-for options in (["--dry-run"], ["--create-pr"], [], []):
-    print(main(["refresh", "org/model", *options]))
-"""
-
-
 def test_a_repository_on_the_hub_gets_the_code_by_a_commit(old, tmp_path):
     card = f'---\nlicense: mit\n---\nrevision="{"0" * 40}"\n'.encode()
     with running_hub() as (hub, environment):
         hub.repositories["org/model"] = [contents(old) | {"README.md": card}]
         environment |= {"HF_HUB_CACHE": str(tmp_path / "cache")}
-        done = subprocess.run(
-            [sys.executable, "-c", ON_THE_HUB], env={**os.environ, **environment}, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
+        done = [
+            run_command(["refresh", "org/model", *options], environment)[0]
+            for options in (["--dry-run"], ["--create-pr"], [], [])
+        ]
         first, *after = hub.repositories["org/model"]
         pull_request, main_branch = hub.branches["org/model", "refs/pr/1"], hub.branches["org/model", "main"]
     assert len(after) == 4  # two commits each, code and card, and none by the others
@@ -205,12 +196,11 @@ def test_a_repository_on_the_hub_gets_the_code_by_a_commit(old, tmp_path):
     newest = after[-1]
     assert all(newest[file.name] == file.read_bytes() for file in CODE_FILES)
     assert newest["model.safetensors"] == first["model.safetensors"]
-    said = done.stdout.splitlines()
-    assert [line for line in said if line.isdigit()] == ["0"] * 4
-    assert "nothing to do" in said[-2]
-    assert newest["README.md"].decode().split('"')[1] in done.stdout
+    assert [run.returncode for run in done] == [0] * 4, done
+    assert "nothing to do" in done[-1].stdout
+    assert newest["README.md"].decode().split('"')[1] in done[-2].stdout
     assert not [path for method, path in hub.requests if method == "PUT" or path.endswith(".safetensors")]
-    assert TOKEN not in done.stdout + done.stderr
+    assert not any(TOKEN in run.stdout + run.stderr for run in done)
 
 
 def test_commands_say_when_a_folders_code_is_older(old, tmp_path, capsys, monkeypatch):

@@ -28,8 +28,8 @@ from finedeep.eval.scoring.harness import SUITE
 from finedeep.eval.scoring.model_identity import identity_of
 from finedeep.eval.scoring.tokenizer_check import check_same_tokenizer
 from finedeep_cli import main
+from forked import FORKS
 from hub_server import running_hub
-from isolated import FORKS
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 

@@ -1,4 +1,4 @@
-"""Run by torchrun: FSDP2 by hand, per decoder layer and per leaf module, gives what one process gives."""
+"""Run in two processes: FSDP2 by hand, per decoder layer and per leaf module, gives what one process gives."""
 
 import sys
 

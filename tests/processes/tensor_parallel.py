@@ -1,4 +1,4 @@
-"""Run by torchrun: folders loaded with tp_plan="auto" give the logits and gradients of one process.
+"""Run in two processes: folders loaded with tp_plan="auto" give the logits and gradients of one process.
 
 Arguments: `FOLDER=WAY` each, WAY being how the FFN is to be laid out: shared (every process holds a part of it), whole
 (every process holds all of it) or refused.
