@@ -12,7 +12,7 @@ CONSTRAINTS = ROOT / "constraints.txt"
 PIP = ["-m", "pip", "--disable-pip-version-check"]
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from documents import put_table  # noqa: E402, F401
+from documents import put_table, table_in  # noqa: E402, F401
 
 
 def run(command: list[str | Path], **options: object) -> subprocess.CompletedProcess:

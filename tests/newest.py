@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from environments import CONSTRAINTS, HOME, PIP, environment, fast_tests, official_tests, pins, put_table, run
+from environments import CONSTRAINTS, HOME, PIP, environment, fast_tests, official_tests, pins, put_table, run, table_in
 
 OLDEST, LAST = 11, 20  # Python 3.x
 # The packages whose versions are told: those that the model, the checkpoints and the scores depend on.
@@ -56,6 +56,12 @@ def versions(python: Path) -> dict[str, str]:
     return {name: of[name].partition("+")[0] for name in TOLD}
 
 
+def _others(rows: list[str]) -> list[str]:
+    """What the document has of the part that was not run."""
+    found = [row.split("|")[1] for row in rows]
+    return [row for row in table_in("newest").splitlines()[2:] if row.split("|")[1] not in found]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", action="store_true", help="run in the environment that is there from the last time")
@@ -88,7 +94,7 @@ def main() -> int:
     table = "\n".join([f"| run on {today} | |", "| --- | --- |", *rows])
     print(table)
     if arguments.update:
-        put_table("newest", table)
+        put_table("newest", "\n".join([table, *_others(rows)]) if arguments.only else table)
     return 0 if all(fine) else 1
 
 
