@@ -61,9 +61,10 @@ def run_forked(function, *arguments, processes=1):
     return [answers[mine] for mine in started]
 
 
-def run_script(path, *arguments, processes=1):
-    """The same for a script with arguments; the modules beside it can be imported."""
-    run_forked(_run_script, str(path), [*map(str, arguments)], processes=processes)
+def run_script(path, *arguments, environment=(), processes=1, cwd=None):
+    """What a script with arguments prints, in each process; the modules beside it can be imported."""
+    how = {"environment": dict(environment), "cwd": cwd}
+    return run_forked(_run_script, [str(path), *map(str, arguments)], how, processes=processes)
 
 
 def run_command(words, environment=(), processes=1, cwd=None, said="", largest_file=None):
@@ -93,19 +94,26 @@ def _run(function, arguments, place, pipe):
         pipe.send((None, traceback.format_exc()))
 
 
-def _run_script(path, arguments):
-    sys.path.insert(0, str(Path(path).parent))
-    sys.argv = [path, *arguments]
-    runpy.run_path(path, run_name="__main__")
+def _settle(how):
+    os.environ |= how["environment"]
+    os.chdir(how["cwd"] or os.curdir)
+    importlib.reload(huggingface_hub.constants)  # which hold what the environment was when the server imported them
+
+
+def _run_script(words, how):
+    _settle(how)
+    sys.path.insert(0, str(Path(words[0]).parent))
+    sys.argv = words
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        runpy.run_path(words[0], run_name="__main__")
+    return out.getvalue()
 
 
 def _run_command(words, how):
-    os.environ |= how["environment"]
-    os.chdir(how["cwd"] or os.curdir)
+    _settle(how)
     sys.stdin = io.StringIO(how["said"])
     if how["largest_file"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (how["largest_file"],) * 2)
-    importlib.reload(huggingface_hub.constants)  # which hold what the environment was when the server imported them
     from finedeep_cli import main
 
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as error:

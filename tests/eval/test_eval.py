@@ -1,10 +1,8 @@
 """lm-evaluation-harness on converted checkpoints: the plain command and `finedeep eval` report the same scores."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -13,6 +11,7 @@ from finedeep.demo.world import World
 from finedeep.eval import EvaluationError, evaluate, side_by_side
 from finedeep.eval.compare.scores import scores_of
 from finedeep_cli import main
+from isolated import run_isolated
 
 
 @pytest.fixture(scope="module")
@@ -62,19 +61,12 @@ def test_perplexity_is_that_of_the_logits(scores, dense, tasks):
 def test_the_plain_harness_command_reports_the_same(tmp_path, converted, tasks, scores):
     """As a user runs it: the harness's own entry point, in a process that does not know this project."""
     folder, names = tasks
-    done = subprocess.run(
-        [
-            *(sys.executable, "-c"),
-            "import sys; sys.modules['finedeep'] = None; from lm_eval.__main__ import cli_evaluate; cli_evaluate()",
-            *("run", "--model", "hf", "--model_args", f"pretrained={converted},trust_remote_code=True"),
-            *("--tasks", ",".join(names), "--include_path", str(folder)),
-            *("--output_path", str(tmp_path), "--device", "cpu"),
-        ],
-        capture_output=True,
-        text=True,
-        env=os.environ,
+    run_isolated(
+        "from lm_eval.__main__ import cli_evaluate; cli_evaluate(); answer = None",
+        *("run", "--model", "hf", "--model_args", f"pretrained={converted},trust_remote_code=True"),
+        *("--tasks", ",".join(names), "--include_path", folder),
+        *("--output_path", tmp_path, "--device", "cpu"),
     )
-    assert done.returncode == 0, done.stderr[-2000:]
     (results,) = tmp_path.rglob("results_*.json")
     reported = scores_of(json.loads(results.read_text()))
     for key, (score, _, _) in scores[converted].items():

@@ -1,10 +1,9 @@
 """The notebook runs from its first cell to its last, as a script."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from forked import run_script
 
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "finedeep_in_five_minutes.ipynb"
 
@@ -17,9 +16,8 @@ def test_every_cell_runs(tmp_path):
     script = tmp_path / "notebook.py"
     script.write_text("\n\n".join(code), encoding="utf-8")
     small = {"STEPS": "3", "TOKENS": "1024", "TMPDIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, script], env={**os.environ, **small}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    loss = {line[:16].strip(): line.split()[-1] for line in done.stdout.splitlines() if "NSAR" in line}
-    assert set(loss) == {"dense", "M=1", "M=2 cut", "M=2 calibrated"}
-    losses = [line.split("loss ")[1].split()[0] for line in done.stdout.splitlines() if "NSAR" in line]
+    (printed,) = run_script(script, environment=small)
+    losses = {line[:16].strip(): line.split("loss ")[1].split()[0] for line in printed.splitlines() if "NSAR" in line}
+    assert [*losses] == ["dense", "M=1", "M=2 cut", "M=2 calibrated"]
+    losses = [*losses.values()]
     assert losses[0] == losses[1] != losses[2]
