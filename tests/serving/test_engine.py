@@ -38,10 +38,10 @@ def job(folder, engine, **more):
 
 
 def with_adapters(models, name, adapters, engine):
-    """A request without an adapter comes before those with one, all in one batch."""
-    paths = [str(models.adapter(name, adapter)) for adapter in adapters]
-    requests = [{"ids": ids, "adapter": path} for path in paths for ids in prompts()[-4:]]
-    return job(models.folder(name), engine, requests=requests, adapters=paths)
+    """Requests to each adapter, and to the model without one where that is None, all in one batch."""
+    paths = [models.adapter(name, adapter) if adapter else None for adapter in adapters]
+    requests = [{"ids": ids, "adapter": str(path) if path else None} for path in paths for ids in prompts()[-4:]]
+    return job(models.folder(name), engine, requests=requests, adapters=[str(path) for path in paths if path])
 
 
 def jobs_of(group, models):
@@ -66,6 +66,7 @@ def jobs_of(group, models):
         found = {adapter: with_adapters(models, "M=2", [adapter], LORA) for adapter in ADAPTERS}
         return found | {
             "two": with_adapters(models, "M=2", ["all", "down"], LORA),
+            "one and none": with_adapters(models, "M=2", ["all", None], LORA),
             "biases": with_adapters(models, "biases", ["down"], LORA),
             "sharded": with_adapters(models, "M=2", ["down"], {**LORA, "fully_sharded_loras": True}),
         }
@@ -181,7 +182,7 @@ def test_the_backend_alone_refuses_adapters_of_down_proj(answers):
     assert "lora-target-modules" in answers("backend")[1]["down"]["error"]
 
 
-@pytest.mark.parametrize("name", [*ADAPTERS, "two", "biases"])
+@pytest.mark.parametrize("name", [*ADAPTERS, "two", "one and none", "biases"])
 def test_adapters_say_what_they_say_in_peft(answers, name):
     jobs, found = answers("lora")
     check(jobs, found, name, tolerance=3e-4)
