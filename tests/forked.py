@@ -117,5 +117,8 @@ def _run_command(words, how):
     from finedeep_cli import main
 
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as error:
-        status = main(words)
+        try:
+            status = main(words)
+        except SystemExit as exit:  # argparse's
+            status = exit.code
     return subprocess.CompletedProcess(words, status, out.getvalue(), error.getvalue())

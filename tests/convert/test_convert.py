@@ -229,7 +229,7 @@ def test_the_tokens_are_those_of_the_dense_model(tmp_path, family, legacy):
         ("convert", "source", "out", "--sublayers=2", "--calibrate", "text.txt"),
         pytest.param(("convert", "source", "out"), marks=pytest.mark.slow),
         ("eval", "source", "--local", "."),
-        pytest.param(("inspect", "source", "text.txt"), marks=pytest.mark.slow),
+        pytest.param(("inspect", "source", "--text", "text.txt"), marks=pytest.mark.slow),
     ],
     ids=lambda command: " ".join(command[::2]),
 )
@@ -240,7 +240,8 @@ def test_a_tokenizers_code_is_not_run_whatever_is_answered(tmp_path, dense, comm
     (source / "tokenizer_config.json").write_text(json.dumps(config))
     (source / "evil.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nclass Evil: pass")
     (tmp_path / "text.txt").write_text("There was a text. It was not long. " * 200)
-    run_command(command, cwd=tmp_path, said="y\n" * 9)
+    (done,) = run_command(command, cwd=tmp_path, said="y\n" * 9)
+    assert done.returncode == 0 or "contains custom code" in done.stderr, done  # so far it has come
     assert not (tmp_path / "run").exists()
 
 
