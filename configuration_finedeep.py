@@ -167,7 +167,7 @@ class FinedeepConfig(LlamaConfig):  # trf-ignore: TRF057
             "layer_types", [attention] if layer_types is None else layer_types, num_layers, PER_LAYER["layer_types"]
         )
         if self.sliding_window is None and "sliding_attention" in self.layer_types:
-            raise ValueError("layer_types has 'sliding_attention', for which sliding_window is wanted; it is None.")
+            raise ValueError("layer_types has 'sliding_attention', for which sliding_window must be set; it is None.")
         if no_rope_layers is not None:
             no_rope_layers = _per_layer("no_rope_layers", no_rope_layers, num_layers, PER_LAYER["no_rope_layers"])
         self.no_rope_layers = no_rope_layers
@@ -297,7 +297,7 @@ def _per_layer(field: str, values: Any, num_layers: int, known: tuple[Any, ...])
     if len(set(values)) == 1:
         return [values[0]] * num_layers
     if len(values) < num_layers:
-        raise ValueError(f"{field} has {len(values)} entries; num_hidden_layers={num_layers} are wanted.")
+        raise ValueError(f"{field} has {len(values)} entries; it must have num_hidden_layers={num_layers}.")
     return list(values[:num_layers])
 
 

@@ -27,7 +27,7 @@ DESCRIPTION = f"""{__doc__}
 
 Models are built here with random weights; nothing is downloaded. Times are medians over rounds in which each model has
 its turn; ratios are taken within a round. Leave the machine alone meanwhile. Results are saved after each case to
-OUTPUT/results, and --resume goes on where a run was stopped; OUTPUT/RESULTS.md and the plot are made at the end."""
+OUTPUT/results, and --resume continues where a run was stopped; OUTPUT/RESULTS.md and the plot are made at the end."""
 EPILOG = """examples:
   python -m finedeep.benchmarks                                    all cases (about an hour on two cores)
   python -m finedeep.benchmarks --only decode,memory --seconds 5   a first look at two of the groups

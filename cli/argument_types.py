@@ -71,5 +71,5 @@ def batch(text: str) -> int | str:
 def device(text: str) -> str:
     """A device by torch's name."""
     if not re.fullmatch(r"cpu|mps|(cuda|xpu|npu|hpu)(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no device; cpu, cuda, cuda:1 or such is wanted")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device; cpu, cuda or cuda:1 are")
     return text

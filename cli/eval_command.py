@@ -8,7 +8,7 @@ With --baseline each task has a verdict: better, worse, or not distinguishable a
 the harness's own results and samples and, with --baseline, comparison.json, comparison.md, figures and a page,
 report.html, with speed and memory of both models.
 
-A stopped run with --output goes on with --resume: tasks that are done are not asked again, and of the one that was
+--resume continues a stopped run with --output: tasks that are done are not asked again, and of the one that was
 stopped only what is left. That one begins again where it samples, or where there are several processes. With --answers
 that holds for other runs too: one dense baseline answers once for all models that are compared with it.
 

@@ -1,8 +1,8 @@
 """Train a converted model as a whole, to say what its dense teacher says.
 
 What calibration leaves of the gap to the dense model is closed here, with transformers' Trainer: mixed precision,
-checkpoints, loggers and everything else in its TrainingArguments is had by --set NAME=VALUE, and several processes,
-FSDP and DeepSpeed by `accelerate launch -m finedeep_cli heal ...`. A stopped run goes on with --resume.
+checkpoints, loggers and everything else in its TrainingArguments by --set NAME=VALUE; several processes, FSDP and
+DeepSpeed by `accelerate launch -m finedeep_cli heal ...`. --resume continues a stopped run.
 
 The loss is W * KL(teacher || model) + (1 - W) * next-token loss, both in nats per token. Where the teacher has as many
 layers of the same size, H times the relative distance of each layer's output from the teacher's comes on top, with an H
@@ -68,5 +68,5 @@ def _tell(done: "Healed") -> None:
     for name, before in done.before.items():
         print(f"  {names[name]} {before:.4f} -> {done.after[name]:.4f}")
     if all(done.after[name] > before for name, before in done.before.items()):
-        print("  which is worse than before: a lower --learning-rate is wanted, or more text", file=sys.stderr)
+        print("  which is worse than before: try a lower --learning-rate, or more text", file=sys.stderr)
     print(f'  load it with AutoModelForCausalLM.from_pretrained("{done.folder}", trust_remote_code=True)')

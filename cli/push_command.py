@@ -1,6 +1,6 @@
 """Publish a Finedeep checkpoint on the Hub, with a model card, and check that it arrived.
 
-The folder is first loaded as anybody would load it, without this project. Code in it that is not this version's is not
+The folder is first loaded without this project, as its users will. Code in it that is not this version's is not
 run unless --trust-remote-code is given, and a link that leads out of the folder is refused. Then code, weights,
 tokenizer and receipt are uploaded, with a card that says what the model was made from, under which licence, and how to
 load this very revision. Then the model is loaded from the Hub into an empty cache, and its logits are compared with the

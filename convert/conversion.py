@@ -177,7 +177,7 @@ def _contents(plan: Plan) -> Contents:
 def _neurons_of(plan: Plan, calibration: Calibration | None, folder: Path, progress: bool) -> list[torch.Tensor]:
     """For each layer, (M, K, e) numbers of dense neurons; in grow mode the first sub-layer has them all.
 
-    Measured ones are kept in the folder: measured again, by a run that goes on, they need not come out the same.
+    Measured ones are kept in the folder: measured again by a resumed run, they need not come out the same.
     """
     layers = range(plan.dense_config.num_hidden_layers)
     if calibration is not None:

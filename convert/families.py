@@ -59,9 +59,14 @@ REFUSED: dict[str, str] = {
         ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "olmoe", "granitemoe", "gpt_oss", "dbrx"),
         "it is a mixture of experts already; a dense FFN is what is cut",
     ),
-    **dict.fromkeys(("bert", "roberta", "modernbert", "deberta-v2"), "it is an encoder; a decoder is wanted"),
-    **dict.fromkeys(("t5", "bart", "whisper"), "it has an encoder and a decoder; a decoder alone is wanted"),
-    **dict.fromkeys(("gpt2", "gpt_neox", "opt", "phi", "starcoder2", "arcee"), "its FFN has no gate; SwiGLU is wanted"),
+    **dict.fromkeys(
+        ("bert", "roberta", "modernbert", "deberta-v2"), "it is an encoder, and only decoders can be converted"
+    ),
+    **dict.fromkeys(("t5", "bart", "whisper"), "it has an encoder and a decoder, and only decoders can be converted"),
+    **dict.fromkeys(
+        ("gpt2", "gpt_neox", "opt", "phi", "starcoder2", "arcee"),
+        "its FFN has no gate, and only SwiGLU can be converted",
+    ),
     **dict.fromkeys(("olmo2", "olmo3", "exaone4"), "it normalises what the FFN puts out, not what goes in"),
 }
 

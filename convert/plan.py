@@ -283,7 +283,7 @@ def options_from(fields: Mapping[str, Any]) -> Options:
 
 
 def same_plan(plan: Plan) -> dict[str, Any]:
-    """What has to be the same for a stopped run to be gone on with, as JSON."""
+    """What has to be the same for a stopped run to be resumed, as JSON."""
     sources = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in plan.dense.files}
     layout = [[shard.file_name, shard.nbytes, len(shard.entries)] for shard in plan.shards]
     texts = {"calibration text": plan.options.calibrate if plan.options.calibrates else None}

@@ -91,8 +91,8 @@ class DenseCheckpoint:
         if tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise ConversionError(
-                f"{self.tensors[name].file}: tensor {name} holds {bad} values that are NaN or infinite; finite weights "
-                "are wanted. The checkpoint is damaged: get it again or repair it."
+                f"{self.tensors[name].file}: tensor {name} holds {bad} values that are NaN or infinite. The "
+                "checkpoint is damaged: get it again or repair it."
             )
         return tensor
 
@@ -120,7 +120,7 @@ def check_finedeep(config: Mapping[str, Any], where: str) -> None:
     """Raise `ConversionError` for a config of another kind of model."""
     if config.get("model_type") != FinedeepConfig.model_type:
         raise ConversionError(
-            f"{where} has model_type {config.get('model_type')!r}; a Finedeep checkpoint is wanted, as `finedeep "
+            f"{where} has model_type {config.get('model_type')!r}; a Finedeep checkpoint is needed, as `finedeep "
             "convert` makes it."
         )
 
@@ -234,10 +234,10 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
     if pickles:
         raise ConversionError(
             f"{folder} holds pickled weights ({', '.join(pickles[:3])}), which are never loaded because they can run "
-            f"code; {WEIGHTS} is wanted. Load the model with transformers where you trust it and save it again with "
+            f"code; only {WEIGHTS} is read. Load the model with transformers where you trust it and save it again with "
             "save_pretrained."
         )
-    raise ConversionError(f"{folder} has neither {WEIGHTS} nor {INDEX}; a safetensors checkpoint is wanted.")
+    raise ConversionError(f"{folder} has neither {WEIGHTS} nor {INDEX}; only safetensors checkpoints can be read.")
 
 
 def inside(folder: Path, path: Path) -> Path:

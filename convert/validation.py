@@ -78,7 +78,7 @@ def check_numbers(config: FinedeepConfig) -> None:
     for field in ("rms_norm_eps", "initializer_range", "attention_dropout", "max_position_embeddings"):
         value = getattr(config, field)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ConversionError(f"config.json has {field}={value!r}; a number is wanted.")
+            raise ConversionError(f"config.json has {field}={value!r}; it must be a number.")
 
 
 def check_tensors(dense: DenseCheckpoint, config: PretrainedConfig, wanted: Mapping[str, tuple[int, ...]]) -> None:

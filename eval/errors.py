@@ -13,6 +13,6 @@ class EvaluationError(ValueError):
 def cannot_load(model: str | Path, error: Exception) -> EvaluationError:
     """What to say where a model could not be loaded or run, for whatever reason."""
     if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
-        return EvaluationError(f"there is no memory for {model}; a smaller --dtype or more of it is wanted.")
+        return EvaluationError(f"there is not enough memory for {model}; use a smaller --dtype or a machine with more.")
     said = one_line(error)
     return EvaluationError(f"{model} cannot be loaded as a causal language model ({type(error).__name__}: {said}).")

@@ -6,7 +6,7 @@ Nothing has to be installed but torch, transformers, numpy, tokenizers, pyyaml a
 while the first runs start. Each run is examples/plain.py in a process of its own; while one compiles, others train.
 OUT.jsonl has a line a run: recipe, losses on a fixed schedule, and at its end NSAR (the non-sparse activation rate) and
 gates. It is written anew every few seconds, so that whatever happens the curves so far are there; `finished` says which
-runs are whole. Before the deadline all are stopped with their states saved: the same command then goes on. On a CPU:
+runs are whole. Before the deadline all are stopped with their states saved: the same command then continues. On a CPU:
 --only '4m/*' --processes 2. examples/results.py takes such files, of several machines too, from examples/logs/gpu.
 """
 
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="only say what there is to run")
     arguments = parser.parse_args()
     if not arguments.data and not (arguments.train and arguments.author):
-        parser.error("the texts are wanted (--train and --author), or tokens that are made of them (--data).")
+        parser.error("name the texts (--train and --author), or tokens that are made of them (--data).")
     runs = chosen(arguments)
     if not runs:
         parser.error(f"no run of {arguments.grid} has a name like {arguments.only!r}; names are SIZE/MODEL/RATE-SEED.")

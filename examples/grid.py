@@ -5,7 +5,7 @@
 
 The grid says which models, of which sizes, with which learning rates and seeds. Each is trained by examples/pretrain.py
 in a process of its own, on one thread, and looked into as `finedeep inspect` does. Its log, SIZE/MODEL/RATE-SEED.jsonl,
-goes to examples/logs when it is whole; one that is there is not made again, so the same command goes on after a kill.
+goes to examples/logs when it is whole; one that is there is not made again, so the same command continues after a kill.
 --only chooses by name, `--only '1m/dense/*'`. examples/results.py makes examples/RESULTS.md of the logs.
 """
 

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 class Packed(Dataset):
     """Windows of `context` token ids through documents, one after the other; what does not fill the last is left out.
 
-    With a seed the documents are in a random order, another one in each pass, and windows go on over passes for as
+    With a seed the documents are in a random order, another one in each pass, and windows continue over passes for as
     long as they are asked for. An item has `input_ids` and `labels`, the same (context,) int64.
     """
 
@@ -91,5 +91,5 @@ def texts_to_train_and_measure_on(data: Recipe, folder: Path) -> tuple[Packed, d
             measured[name] = Packed(ids, ends, np.arange(len(ends)), context)
     for name, text in {"train": train, **measured}.items():
         if not len(text):
-            raise SystemExit(f"{name} has no {context} tokens, which a sequence has: a longer text is wanted.")
+            raise SystemExit(f"{name} has no {context} tokens, which a sequence has; name a longer text.")
     return train, {name: text.of_length(data["validation_sequences"]) for name, text in measured.items()}

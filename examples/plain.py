@@ -4,7 +4,7 @@
 
 Same recipe, same tokens, same log, OUT/log.jsonl; of the recipe's training it takes the fields in `Training`. The log's
 last line has NSAR (the non-sparse activation rate) and gates on the held-out text. A SIGTERM stops it with its state
-saved, and the same command then goes on. The model is not saved. examples/gpu_grid.py runs many of these on one GPU.
+saved, and the same command then continues. The model is not saved. examples/gpu_grid.py runs many of these on one GPU.
 """
 
 import argparse
@@ -133,7 +133,7 @@ def train(recipe: Recipe, prepared: Path, out: Path) -> None:
             total, trained, since, mark = 0.0, 0, step, time.perf_counter()
     if step < training.max_steps:
         state.save(step, total, trained)
-        raise SystemExit(f"Stopped after {step} of {training.max_steps} steps; the same command goes on.")
+        raise SystemExit(f"Stopped after {step} of {training.max_steps} steps; the same command continues.")
     add_to_log(log, looked_into(model, next(iter(measured.values())), losses))
     state.path.unlink(missing_ok=True)
 
@@ -202,7 +202,7 @@ def head_loss(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> t
 
 
 class State:
-    """What a stopped training goes on from."""
+    """What a stopped training is resumed from."""
 
     def __init__(self, path: Path, *parts: Any):
         self.path, self.parts = path, parts

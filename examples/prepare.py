@@ -143,7 +143,7 @@ def files_of(pattern: str) -> list[Path]:
     """The files that a pattern names, in order. Exits where there are none."""
     files = sorted(map(Path, glob.glob(str(pattern), recursive=True)))
     if not files:
-        raise SystemExit(f"Unable to find {pattern}: the name of a text file is wanted, or a pattern of several.")
+        raise SystemExit(f"Unable to find {pattern}: name a text file, or a pattern of several.")
     return files
 
 

@@ -22,7 +22,7 @@ def changed(recipe: Recipe, changes: Iterable[str]) -> Recipe:
     for change in changes:
         name, equals, value = change.partition("=")
         if not equals:
-            raise SystemExit(f"--set {change}: A.B=VALUE is wanted, A one of {', '.join(recipe)}.")
+            raise SystemExit(f"--set {change}: it must be A.B=VALUE, A one of {', '.join(recipe)}.")
         set_field(recipe, name, yaml.safe_load(value))
     return recipe
 
@@ -34,7 +34,7 @@ def set_field(recipe: Recipe, name: str, value: Any) -> None:
     for group in groups:
         place = place.get(group) if isinstance(place, dict) else None
     if not isinstance(place, dict):
-        raise SystemExit(f"--set {name}: A.B=VALUE is wanted, A one of {', '.join(recipe)}.")
+        raise SystemExit(f"--set {name}: it must be A.B=VALUE, A one of {', '.join(recipe)}.")
     place[last] = value
 
 

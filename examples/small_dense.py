@@ -94,7 +94,7 @@ def draw_windows(pieces: list[str], tokenizer: PreTrainedTokenizerFast, number: 
         windows.append(np.array(ids[: len(ids) // CONTEXT * CONTEXT], dtype=np.int32).reshape(-1, CONTEXT))
     windows = np.concatenate(windows)
     if number > len(windows):
-        raise SystemExit(f"the text has {len(windows)} windows of {CONTEXT} tokens; {number} are wanted. Fewer steps?")
+        raise SystemExit(f"the text has {len(windows)} windows of {CONTEXT} tokens; {number} are needed. Fewer steps?")
     return np.random.default_rng(seed).permutation(windows)[:number]
 
 

@@ -16,14 +16,14 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     """Read a JSON object. Raises `ConversionError` where the file is missing or holds anything else."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
-            raise ConversionError(f"{path} has {path.stat().st_size / 1e6:.0f} MB; {what} is wanted, which is small.")
+            raise ConversionError(f"{path} has {path.stat().st_size / 1e6:.0f} MB, far too large for {what}.")
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise ConversionError(f"{path} is missing: {what} is wanted beside the weights.") from None
+        raise ConversionError(f"{path} is missing; {what} belongs beside the weights.") from None
     except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{path} is not valid JSON ({error}); {what} is wanted.") from None
+        raise ConversionError(f"{path} is not valid JSON ({error}); it should hold {what}.") from None
     if not isinstance(content, dict):
-        raise ConversionError(f"{path} holds a {type(content).__name__}; a JSON object with {what} is wanted.")
+        raise ConversionError(f"{path} holds a {type(content).__name__}; it should be a JSON object with {what}.")
     return content
 
 

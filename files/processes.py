@@ -37,7 +37,7 @@ def number_of_processes() -> int:
 
 
 def is_needed() -> bool:
-    """Whether this process has work to do. On CPUs the harness shares nothing out, and the first one goes on alone."""
+    """Whether this process has work to do. On CPUs the harness shares nothing out, and the first one works alone."""
     if torch.accelerator.is_available():
         return True
     needed = is_first_process()

@@ -19,9 +19,9 @@ def read_documents(path: Path) -> list[str]:
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConversionError(f"{path} cannot be read as a text ({error}); a UTF-8 text file is wanted.") from error
+        raise ConversionError(f"{path} cannot be read as UTF-8 text ({error}).") from error
     if not content.strip():
-        raise ConversionError(f"{path} is empty; a text like those that the model is for is wanted.")
+        raise ConversionError(f"{path} is empty; name a text like those that the model is for.")
     if path.suffix == ".json":
         raise ConversionError(
             f"{path} is JSON, whose syntax would be learned as text; name a text file, or JSON Lines (.jsonl) with a "
@@ -50,7 +50,7 @@ def _text_of(path: Path, number: int, line: str) -> str:
     if not isinstance(record, dict) or not isinstance(record.get(FIELD), str):
         found = f"has the fields {', '.join(record)}" if isinstance(record, dict) else "is no JSON object"
         raise ConversionError(
-            f"{path}, line {number}, {found}; of JSON Lines each record is wanted with a {FIELD!r}. Give the field "
+            f"{path}, line {number}, {found}; in JSON Lines each record needs a {FIELD!r}. Give the field "
             "that name, or make it a plain text file."
         )
     return record[FIELD]

@@ -31,7 +31,7 @@ class Objective:
 
 
 def stream_error(longest: float) -> Objective:
-    """Mean over tokens of |h - h*|^2 / max(|h*|, longest)^2, h* the stream that is wanted.
+    """Mean over tokens of |h - h*|^2 / max(|h*|, longest)^2, h* the dense model's stream.
 
     Many models have one token, the first, whose stream is a hundred times as long as any other's; a plain square would
     see nothing else.
@@ -170,7 +170,7 @@ def _groups(sublayers: nn.ModuleList, change: torch.Tensor) -> list[dict[str, An
     """The parameters, each with a learning rate that does not depend on the model's scales.
 
     AdamW moves every weight by up to the rate. A router starts at zero and has no scale of its own: it is to change a
-    score <w, E> by a like share, with E as large as the median token's `change`, the sum of experts that is wanted, or
+    score <w, E> by a like share, with E as large as the median token's `change`, the sum of experts to be learnt, or
     <w, n>, with n as large as the norm's weight.
     """
     E = median(change.float().pow(2).mean(-1)) ** 0.5

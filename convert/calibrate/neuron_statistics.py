@@ -30,7 +30,7 @@ def mean_activity(folder: Path, config: PretrainedConfig, text: Path, progress: 
     """
     ids = read_tokens(folder, text, config.vocab_size)[:MAX_TOKENS]
     if len(ids) < 2:
-        raise ConversionError(f"{text} has {len(ids)} tokens; a longer text is wanted.")
+        raise ConversionError(f"{text} has {len(ids)} tokens; name a longer text.")
     model = load_dense(folder, config)
     totals = [torch.zeros(config.intermediate_size) for _ in range(config.num_hidden_layers)]
 

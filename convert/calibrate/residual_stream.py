@@ -53,7 +53,7 @@ class Stream:
         finite = not self.dense.numel() or bool(torch.isfinite(torch.stack(self.dense.aminmax())).all())
         if not everywhere(finite, self.device):
             raise ConversionError(
-                f"{where} the dense model's activations are NaN or infinite; finite ones are wanted. The checkpoint is "
+                f"{where} the dense model's activations are NaN or infinite. The checkpoint is "
                 "damaged, or config.json is not its own."
             )
 

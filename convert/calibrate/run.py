@@ -56,7 +56,7 @@ class LayerErrors:
 
 
 class Calibration:
-    """Calibrates a plan's layers. Each is kept in `folder`, so that a stopped run can go on with the next."""
+    """Calibrates a plan's layers. Each is kept in `folder`, so that a stopped run can continue with the next."""
 
     def __init__(self, plan: Plan, folder: Path, progress: bool):
         self.plan, self.folder, self.progress = plan, folder, progress
@@ -138,7 +138,7 @@ class Calibration:
             "tokens": windows.numel(),
             "held_out_tokens": held_out(windows) * windows.shape[1],
             "device": self.device.type,
-            "threads": sorted({int(known["threads"]) for known in self._known()}),  # a run that goes on may have others
+            "threads": sorted({int(known["threads"]) for known in self._known()}),  # a resumed run may have others
             "relative_errors": [
                 {stage: float(f"{error:.3g}") for stage, error in asdict(errors).items()} for errors in self.errors()
             ],
@@ -169,7 +169,7 @@ class Calibration:
         if learned < TOKENS_PER_CHANNEL * hidden:
             raise ConversionError(
                 f"{windows.numel()} tokens leave {learned} to learn from; with hidden size {hidden}, "
-                f"{TOKENS_PER_CHANNEL * hidden} are wanted at least. Name a longer text, raise calibration_tokens, or "
+                f"at least {TOKENS_PER_CHANNEL * hidden} are needed. Name a longer text, raise calibration_tokens, or "
                 f"sample a text from the dense model ('{SELF}')."
             )
 

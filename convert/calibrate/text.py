@@ -49,7 +49,7 @@ def read_tokens(folder: Path, text: Path, vocabulary: int, most: int | None = No
         folder: where the tokenizer is.
         text: a text file, or JSON Lines, whose records' texts come one after the other, EOS between them.
         vocabulary: tokens that the model knows.
-        most: tokens that are wanted.
+        most: tokens to read at most.
 
     Raises:
         ConversionError: there is no tokenizer, or not the model's; the text cannot be read or is empty.
@@ -86,8 +86,8 @@ def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase:
         return tokenizer_of(folder)
     except Exception as error:  # what is raised where there is none differs by version
         raise ConversionError(
-            f"{folder} has no tokenizer that can be loaded ({one_line(error)}); one beside the "
-            "weights is wanted to read texts."
+            f"{folder} has no tokenizer that can be loaded ({one_line(error)}); to read "
+            "texts, it needs one beside the weights."
         ) from error
 
 
@@ -112,7 +112,7 @@ def text_windows(folder: Path, text: Path, config: object, tokens: int) -> torch
     windows = ids[: len(ids) // length * length].view(-1, length)
     if len(windows) < 2:
         raise ConversionError(
-            f"{text} has {len(ids)} tokens; at least {2 * length} are wanted, one window of {length} to learn from and "
+            f"{text} has {len(ids)} tokens; it needs at least {2 * length}, one window of {length} to learn from and "
             f"one to check on. Name a longer text, or '{SELF}' to sample one from the dense model."
         )
     number = min(len(windows), max(2, tokens // length))

@@ -3,7 +3,7 @@
 options                     what there is to say, and what of it cannot be
 data                        packed windows: of a text, of a dataset, or sampled from the teacher
 trainer                     the loss, in transformers' `Trainer`
-training_checkpoints        stopped runs go on
+training_checkpoints        what stopped runs are resumed from
 run                         all of it, into a folder
 """
 

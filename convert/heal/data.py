@@ -44,7 +44,7 @@ def healing_windows(
         folder: where the tokenizer is.
         vocabulary: tokens that the model knows.
         context: tokens in a window.
-        tokens: how many are wanted.
+        tokens: how many to give.
         teacher: whom to sample from.
         seed: for sampling and the order.
         progress: whether to show a bar.
@@ -84,7 +84,7 @@ def _documents(data: str) -> Iterator[str]:
         rows = datasets.load_dataset(name, configuration or None, split=split or "train", streaming=True)
         for row in rows:
             if COLUMN not in row:
-                raise ConversionError(f"dataset {data} has columns {', '.join(row)}; one called '{COLUMN}' is wanted.")
+                raise ConversionError(f"dataset {data} has columns {', '.join(row)}; it needs one called '{COLUMN}'.")
             yield row[COLUMN]
     except ConversionError:
         raise

@@ -51,13 +51,13 @@ def _check_loss(o: HealingOptions) -> None:
         raise ConversionError(f"divergence={o.divergence} is not between 0 (next token only) and 1 (teacher only).")
     if o.teacher is None and (o.divergence > 0 or o.data == SELF):
         wanted = "to sample the text from" if o.data == SELF else f"for divergence={o.divergence}"
-        raise ConversionError(f"a teacher is wanted {wanted}; name the dense model (--teacher).")
+        raise ConversionError(f"a teacher is needed {wanted}; name the dense model (--teacher).")
     if o.learning_rate is not None and not 0 < o.learning_rate < math.inf:
-        raise ConversionError(f"learning_rate={o.learning_rate} is no rate; a number above 0 is wanted.")
+        raise ConversionError(f"learning_rate={o.learning_rate} is not a rate; it must be a number above 0.")
     if o.hidden_states is not None and not 0 <= o.hidden_states < math.inf:
-        raise ConversionError(f"hidden_states={o.hidden_states} is no weight; a number from 0 up is wanted.")
+        raise ConversionError(f"hidden_states={o.hidden_states} is not a weight; it must be a number from 0 up.")
     if o.hidden_states and o.teacher is None:
-        raise ConversionError(f"a teacher is wanted for hidden_states={o.hidden_states}; name it (--teacher).")
+        raise ConversionError(f"a teacher is needed for hidden_states={o.hidden_states}; name it (--teacher).")
 
 
 def _check_training(o: HealingOptions) -> None:

@@ -211,7 +211,7 @@ def _teacher(teacher: str, student: FinedeepConfig) -> PreTrainedModel:
         if config.vocab_size != student.vocab_size:
             raise ConversionError(
                 f"the teacher {teacher} has {config.vocab_size} tokens and the model {student.vocab_size}; a teacher "
-                "of the same vocabulary is wanted, such as the dense model that it was converted from."
+                "of the same vocabulary is needed, such as the dense model that it was converted from."
             )
         return AutoModelForCausalLM.from_pretrained(
             teacher, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True
@@ -240,7 +240,7 @@ def _student(model: Path) -> FinedeepForCausalLM:
 
 
 def _hidden_states(o: HealingOptions, student: FinedeepConfig, teacher: PreTrainedModel | None) -> float:
-    """Their weight. Raises `ConversionError` where one is wanted and the teacher's hidden states differ in shape."""
+    """Their weight. Raises `ConversionError` where one is asked for and the teacher's hidden states differ in shape."""
     if teacher is None:
         return 0.0
     of_teacher = teacher.config.get_text_config()
@@ -288,7 +288,7 @@ def _training_arguments(o: HealingOptions, work: Path, progress: bool) -> Traini
         raise ConversionError(f"TrainingArguments: {one_line(error)}") from error
     if arguments.n_gpu > 1 and o.hidden_states:
         raise ConversionError(
-            f"{arguments.n_gpu} devices are seen by one process; one process for each is wanted: accelerate launch -m "
+            f"{arguments.n_gpu} devices are seen by one process; start one process for each: accelerate launch -m "
             "finedeep_cli heal ... (or CUDA_VISIBLE_DEVICES=0 for one alone)."
         )
     return arguments
@@ -323,7 +323,7 @@ def _prepare(
 def _check_enough(windows: torch.Tensor, o: HealingOptions) -> None:
     if len(windows) <= held_out(windows):
         raise ConversionError(
-            f"{o.data} gives {len(windows)} windows of {o.context} tokens; 2 are wanted at least, one to learn "
+            f"{o.data} gives {len(windows)} windows of {o.context} tokens; at least 2 are needed, one to learn "
             "from and one to check on. Name more data or a smaller context."
         )
 

@@ -67,11 +67,11 @@ def read_scores(path: Path) -> list[EvalResult]:
             return [_score(row["task"], row["metric"], row["model"]["value"]) for row in rows]
         found = _results_below(path)
         if not found:
-            raise ConversionError(f"{path} holds no results_*.json; the folder of `finedeep eval --output` is wanted.")
+            raise ConversionError(f"{path} holds no results_*.json; name the folder of `finedeep eval --output`.")
         path = found[-1]
     results = read_json(path, "lm-eval's results").get("results")
     if not isinstance(results, dict):
-        raise ConversionError(f"{path} has no results; a file that lm-eval has written is wanted.")
+        raise ConversionError(f"{path} has no results; name a file that lm-eval has written.")
     return [
         _score(task, key.partition(",")[0], value, scores.get("alias", task).strip(" -"))
         for task, scores in results.items()
@@ -184,7 +184,7 @@ def _shape(config: Mapping[str, Any]) -> dict[str, Any]:
     routing = {name: config.get(name, next(iter(known))) for name, known in ROUTING.items()}
     for name, value in routing.items():
         if value not in ROUTING[name]:
-            raise ConversionError(f"config.json has {name}={value!r}; {' or '.join(ROUTING[name])} is wanted.")
+            raise ConversionError(f"config.json has {name}={value!r}; it must be {' or '.join(ROUTING[name])}.")
     gate, scored = (ROUTING[name][value] for name, value in routing.items())
     return {"layers": layers, "M": M, "K": K, "e": width // (M * K), "gate": gate, "scored": scored}
 

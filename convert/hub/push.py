@@ -77,7 +77,7 @@ def push_folder(
         tell(line)
     api = HfApi()
     _check_repository(api, repo_id, o.private)
-    tell(f"Loading {folder} as anybody would ...")
+    tell(f"Loading {folder} without this project, as its users will ...")
     here = _logits_here(folder, o.trust_remote_code)
     if not say:
         disable_progress_bars()
@@ -161,7 +161,7 @@ def _check_repository(api: HfApi, repo_id: str, private: bool) -> None:
 def _check(folder: Path) -> dict:
     config = read_json(folder / "config.json", "the model's configuration")
     if config.get("model_type") != "finedeep":
-        raise ConversionError(f"{folder} holds a {config.get('model_type')!r} model; a Finedeep model is wanted.")
+        raise ConversionError(f"{folder} holds a {config.get('model_type')!r} model, not a Finedeep model.")
     if elsewhere := [reference for reference in auto_map_of(config).values() if "--" in reference]:
         raise ConversionError(
             f"{folder}/config.json takes code from another repository (auto_map: {elsewhere[0]}); a folder with its "

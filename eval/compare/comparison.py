@@ -95,7 +95,7 @@ def _pairs(task: str, baseline: Sequence[dict], model: Sequence[dict]) -> dict[s
     if before.keys() != after.keys() or any(before[at]["doc_hash"] != after[at]["doc_hash"] for at in before):
         raise EvaluationError(
             f"{task}: the two models were scored on different samples ({len(before)} and {len(after)}, or other "
-            "texts); the same ones are wanted. Score both in one run."
+            "texts). Score both in one run, on the same ones."
         )
     pairs: dict[str, list] = {}
     for filtered, doc in sorted(after):

@@ -131,7 +131,7 @@ def batches(tokenizer: PreTrainedTokenizerBase, text: Path, window: int, tokens:
         yield batch
     elif not given:
         if len(before) + len(buffer) < 2:
-            raise EvaluationError(f"{text} has {len(buffer)} tokens; 2 at least are wanted.")
+            raise EvaluationError(f"{text} has {len(buffer)} tokens; it needs at least 2.")
         yield [before + buffer]
 
 
@@ -145,9 +145,9 @@ def check_text(text: Path) -> None:
             while piece := file.read(PIECE):
                 found = found or bool(piece.strip())
     except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"{text} cannot be read ({error}); a file of UTF-8 text is wanted.") from error
+        raise EvaluationError(f"{text} cannot be read as UTF-8 text ({error}).") from error
     if not found:
-        raise EvaluationError(f"{text} is empty; a text like those that the model is for is wanted.")
+        raise EvaluationError(f"{text} is empty; name a text like those that the model is for.")
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, text: Path) -> Iterator[list[int]]:

@@ -176,7 +176,7 @@ def places_of(model: PreTrainedModel) -> list[tuple[Place, nn.Module]]:
 def not_known(model: PreTrainedModel) -> EvaluationError:
     """What to say of a model that cannot be looked into."""
     return EvaluationError(
-        f"not every layer of {type(model).__name__} has a gated FFN that is known here; a Finedeep model is wanted, or "
+        f"not every layer of {type(model).__name__} has a gated FFN that is known here; inspect a Finedeep model, or "
         "a dense one of a family that `finedeep convert` takes."
     )
 

@@ -76,7 +76,7 @@ class KeptAnswers:
     """A folder with what the tasks of a run have been answered so far.
 
     While a task is asked, that is the harness's cache of each process; of a task that is done, also a file with all
-    answers, from which any number of processes goes on. A cache is for a run of one process: of several, one may have
+    answers, from which any number of processes continues. A cache is for a run of one process: of several, one may have
     had all of its own answers and another not. Of what samples the harness makes no use of a cache at all.
 
     An `answer_cache` is a folder where the answers of tasks that are done stay, for other runs of the same model.

@@ -92,7 +92,7 @@ def evaluate(
         model: a local folder or a Hub id, dense or Finedeep. No code out of it is run.
         tasks: names of the harness's tasks or groups, or of those in `include_path`.
         output: a folder for the harness's results and samples.
-        work: a folder in which every answer is kept as soon as it is there, so that a run that was stopped goes on with
+        work: a folder in which every answer is kept as soon as it is there, so that a stopped run continues with
             the next question, and each task's scores as soon as it is done.
         say: is given a line as each task is done.
         options: the fields of `EvaluationOptions`. A batch that turns out too large is halved. `answers` is a folder
@@ -103,7 +103,7 @@ def evaluate(
         The harness's results, with the samples. In the processes of `accelerate launch` but the first: {}.
 
     Raises:
-        EvaluationError: lm-eval is missing, a task is unknown or cannot be had, the model does not load or is broken.
+        EvaluationError: lm-eval is missing, a task is unknown or has no data, the model does not load or is broken.
     """
     require_harness()
     o, say = EvaluationOptions(**options), say or (lambda line: None)
@@ -228,12 +228,12 @@ def _load_tasks(tasks: Sequence[str], include_path: str | Path | Sequence[str | 
             )
     try:
         return _Wanted(manager, tasks)
-    except Exception as error:  # what keeps a dataset from being had, has many classes
+    except Exception as error:  # what keeps a dataset from loading has many classes
         if "Duplicate task" in str(error):
             raise EvaluationError(f"{one_line(error)}; name one of them only.") from error
         raise EvaluationError(
-            f"the data of {', '.join(tasks)} cannot be had ({type(error).__name__}: {one_line(error)}). A task's data "
-            "come from the Hub, or out of its cache; --local takes questions and texts from a folder."
+            f"the data of {', '.join(tasks)} cannot be loaded ({type(error).__name__}: {one_line(error)}). A task's "
+            "data come from the Hub, or out of its cache; --local takes questions and texts from a folder."
         ) from error
 
 
@@ -271,7 +271,7 @@ def _load_model(arguments: Mapping[str, Any], batch_size: int | str, device: str
 
 
 def _batch_for_memory(lm: Any) -> int:
-    """Sequences for which a CPU's memory is certain to do: running out of it ends a process without a word."""
+    """Sequences for which a CPU's memory is certain to do: where it runs out, the system kills the process."""
     import psutil
 
     bytes_each = COPIES * 4 * lm.max_length * lm.model.config.vocab_size
@@ -337,7 +337,7 @@ def _environment() -> dict[str, Any]:
 ASSERTIONS = {
     "len(continuation_enc) <= self.max_length": "an answer in {tasks} has more tokens than {model} can take at once. "
     "--max-length raises the limit beyond the length that the model was trained for.",
-    "len(continuation_enc) > 0": "an answer in {tasks} is empty, and has no likelihood; a text is wanted.",
+    "len(continuation_enc) > 0": "an answer in {tasks} is empty, and has no likelihood; give it a text.",
     "max_ctx_len > 0": "{tasks} may generate as many tokens as {model} can take at once, so that none are left for the "
     "question. --max-length raises the limit beyond the length that the model was trained for.",
 }
@@ -387,7 +387,7 @@ def _simple_evaluate(lm: Any, tasks: Sequence[Any], how: Mapping[str, Any], say:
             if tried == 1 or lm.world_size > 1:  # the other processes would wait for this one
                 raise EvaluationError(
                     f"memory has run out with {tried} sequences of up to {lm.max_length} tokens in a batch. A smaller "
-                    "--batch-size or --max-length is wanted, or a --dtype of fewer bytes."
+                    "--batch-size or --max-length is needed, or a --dtype of fewer bytes."
                 ) from error
         lm.batch_size_per_gpu = tried // 2
         clear_device_cache(garbage_collection=True)
@@ -399,7 +399,7 @@ def _check_answers(results: Results, task: str, model: str | Path) -> None:
         if any(map(math.isnan, _numbers(sample["resps"]))):
             raise EvaluationError(
                 f"{model} gives NaN as the likelihood of an answer in {task} (document {sample['doc_id']}); a model "
-                "whose logits are finite is wanted. --dtype float32 may do."
+                "whose logits are finite is needed. --dtype float32 may do."
             )
 
 

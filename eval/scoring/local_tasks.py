@@ -15,7 +15,7 @@ PASSAGE = 1000  # characters, at least: a text is scored in pieces, so that ther
 PIECE = re.compile(rf".{{{PASSAGE}}}\S{{0,100}}\s?|.+", re.DOTALL)  # of a line; some scripts have no spaces
 GROUP = "local_choice"  # the average over tasks of questions with choices
 SHORT = 16  # tokens that may be generated where answers are short
-BESIDE = 4  # tokens that may be generated beside an answer's own: a space before it, and what shows that it goes on
+BESIDE = 4  # tokens that may be generated beside an answer's own: a space before it, and what shows that it continues
 # The fields of a line of the JSONL file, by which its kind is known: the first that fits.
 FIELDS = {
     "multiple_choice": ("question", "choices", "answer"),
@@ -126,7 +126,7 @@ def write_local_tasks(source: Path, directory: Path, tokenizer: PreTrainedTokeni
     if not files:
         raise EvaluationError(
             f"{source} holds no *.jsonl and no *.txt; a folder with questions, a JSON object on each line with "
-            "question, choices and answer, or with texts is wanted."
+            "question, choices and answer, or with texts is needed."
         )
     directory.mkdir(parents=True, exist_ok=True)
     names: dict[str, list[str]] = {}
@@ -173,7 +173,7 @@ def read_questions(path: Path) -> tuple[str, list[dict[str, Any]]]:
         if kind is None or not set(FIELDS[kind]) <= set(fields):
             wanted = " or ".join(" + ".join(names) for names in ([FIELDS[kind]] if kind else FIELDS.values()))
             raise EvaluationError(
-                f"{path}, line {number}, has the fields {', '.join(fields) or 'of no object'}; {wanted} are wanted."
+                f"{path}, line {number}, has the fields {', '.join(fields) or 'of no object'}; it needs {wanted}."
             )
         if fault := _fault(kind, found):
             raise EvaluationError(f"{path}, line {number}: {fault}.")
@@ -181,7 +181,7 @@ def read_questions(path: Path) -> tuple[str, list[dict[str, Any]]]:
         if kind == "generation":
             lines[-1]["answer"] = found["answer"].strip()  # as what is generated will be
     if not lines:
-        raise EvaluationError(f"{path} is empty; questions are wanted, a JSON object on each line.")
+        raise EvaluationError(f"{path} is empty; it should have a question, a JSON object, on each line.")
     return kind, lines
 
 
@@ -191,17 +191,17 @@ def _fault(kind: str, line: Mapping[str, Any]) -> str | None:
         value = line[name]
         if (kind, name) == ("multiple_choice", "choices"):
             if not isinstance(value, list) or len(value) < 2 or not all(isinstance(c, str) and c for c in value):
-                return f"choices is {value!r}; two texts at least are wanted"
+                return f"choices is {value!r}; it must be two texts or more"
         elif (kind, name) == ("multiple_choice", "answer"):
             if type(value) is not int or not 0 <= value < len(line["choices"]):
                 last = len(line["choices"]) - 1
-                return f"answer is {value!r}; the place of the right choice is wanted, a whole number from 0 to {last}"
+                return f"answer is {value!r}; it must be the place of the right choice, a whole number from 0 to {last}"
         elif not isinstance(value, str) or not value.strip():
-            return f"{name} is {value!r}; a text is wanted"
+            return f"{name} is {value!r}; it must be a text"
         elif (kind, name) == ("generation", "answer") and "\n" in value.strip():
-            return f"answer is {value!r}, and generating ends with the line; a text of one line is wanted"
+            return f"answer is {value!r}, and generating ends with the line; it must be a text of one line"
     if re.search("[\ud800-\udfff]", json.dumps([line[name] for name in FIELDS[kind]], ensure_ascii=False)):
-        return "it holds a surrogate (\\ud800 to \\udfff) without its other half; whole characters are wanted"
+        return "it holds a surrogate (\\ud800 to \\udfff) without its other half"
     return None
 
 
@@ -212,7 +212,7 @@ def read_passages(path: Path) -> Iterator[dict[str, str]]:
     """
     text = _read(path)
     if not text.strip():
-        raise EvaluationError(f"{path} is empty; a text is wanted.")
+        raise EvaluationError(f"{path} is empty; it should hold a text.")
     passage = ""
     for piece in (piece for line in text.splitlines(keepends=True) for piece in PIECE.findall(line)):
         passage += piece
@@ -227,4 +227,4 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"{path} cannot be read ({error}); a file of UTF-8 text is wanted.") from error
+        raise EvaluationError(f"{path} cannot be read as UTF-8 text ({error}).") from error

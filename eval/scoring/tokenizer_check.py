@@ -36,8 +36,8 @@ def check_same_tokenizer(baseline: str | Path, model: str | Path) -> str:
     else:
         return beginning
     raise EvaluationError(
-        f"the tokenizers of {baseline} and {model} differ ({found}); models with the same tokenizer are wanted, such "
-        "as a dense model and what it was converted into. Score others one at a time, without --baseline."
+        f"the tokenizers of {baseline} and {model} differ ({found}); only models with the same one can be compared, "
+        "such as a dense model and what it was converted into. Score others one at a time, without --baseline."
     )
 
 
@@ -61,13 +61,13 @@ def _beginning(model: str | Path, tokenizer: PreTrainedTokenizerBase) -> str:
     if ids[-len(bare) :] != bare:
         raise EvaluationError(
             f"the tokenizer of {model} puts {tokenizer.convert_ids_to_tokens(ids[-1:])[0]} at the end of a text, which "
-            "the harness would score as part of each answer; one that does not is wanted (add_eos_token false in its "
+            "the harness would score as part of each answer; it must not (add_eos_token false in its "
             "tokenizer_config.json)."
         )
     prefix = tokenizer.bos_token or tokenizer.eos_token
     if prefix is None:
         raise EvaluationError(
-            f"the tokenizer of {model} has neither BOS nor EOS; one is wanted, for the harness to begin texts with."
+            f"the tokenizer of {model} has neither BOS nor EOS, and the harness begins texts with one."
         )
     if begins := tokenizer.convert_ids_to_tokens(ids[: len(ids) - len(bare)]):
         before = " ".join(begins)

@@ -540,8 +540,8 @@ def test_self_needs_no_text(tmp_path, dense, capsys):
         (b"", "is empty"),
         (b" \n ", "is empty"),
         (b"\xff\xfe\x00", "cannot be read as a text"),
-        (b"Too short.", "has 10 tokens; at least 256 are wanted"),
-        (b"Short. " * 40, "leave 128 to learn from; with hidden size 64, 256 are wanted"),
+        (b"Too short.", "has 10 tokens; it needs at least 256"),
+        (b"Short. " * 40, "leave 128 to learn from; with hidden size 64, at least 256 are needed"),
     ],
 )
 def test_texts_that_will_not_do(tmp_path, content, words):

@@ -337,7 +337,7 @@ def test_a_place_that_was_taken_meanwhile_costs_nothing(tmp_path, dense, monkeyp
 
 
 def test_measured_neurons_stay_where_finished_shards_have_them(tmp_path, dense, monkeypatch):
-    """Measured again, by a run that goes on, they may come out in another order."""
+    """Measured again by a resumed run, they may come out in another order."""
     (tmp_path / "text.txt").write_text("A text of which some neurons are fond. " * 10)
     options = {**SMALL_SHARDS, "assignment": "activity", "text": str(tmp_path / "text.txt")}
     interrupted(dense, tmp_path / "out", 3, **options)

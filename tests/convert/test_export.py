@@ -231,7 +231,7 @@ def test_plain_models_are_written_without_a_receipt(tmp_path):
 
 
 def test_a_dense_folder_is_refused(tmp_path, dense):
-    with pytest.raises(ConversionError, match="a Finedeep checkpoint is wanted"):
+    with pytest.raises(ConversionError, match="a Finedeep checkpoint is needed"):
         export_checkpoint(dense, tmp_path / "out", progress=False)
 
 

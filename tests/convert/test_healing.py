@@ -1,4 +1,4 @@
-"""Healing: the loss is what it says, training lowers it, a stopped run goes on, and what does not fit is refused."""
+"""Healing: the loss is what it says, training lowers it, a stopped run continues, and what does not fit is refused."""
 
 import argparse
 import json
@@ -299,7 +299,7 @@ def test_the_rate_goes_by_the_width(tmp_path, cut):
 def test_what_has_become_worse_is_told_of(tmp_path, dense, cut, capsys):
     arguments = ["heal", str(cut), str(tmp_path / "out"), "--teacher", str(dense), "--learning-rate", "1"]
     assert main([*arguments, "--tokens", "4096", "--context", "32", "--steps", "3", "--batch-size", "4"]) == 0
-    assert "worse than before: a lower --learning-rate is wanted" in capsys.readouterr().err
+    assert "worse than before: try a lower --learning-rate" in capsys.readouterr().err
 
 
 def test_two_runs_at_once_are_kept_apart(tmp_path, dense, cut):
@@ -399,7 +399,7 @@ def test_a_datasets_documents_are_packed(tmp_path, dense):
     assert windows.shape == (16, 16)
     assert (windows == 257).sum() > 10
     (folder / "train.jsonl").write_text(json.dumps({"words": "a", "n": 1}) + "\n")
-    with pytest.raises(ConversionError, match="has columns words, n; one called 'text' is wanted"):
+    with pytest.raises(ConversionError, match="has columns words, n; it needs one called 'text'"):
         healing_windows(str(folder), dense, 260, 16, 256, None, 0, False)
 
 
@@ -437,10 +437,10 @@ def test_a_texts_windows_are_its_own(tmp_path, dense):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"data": "self"}, "a teacher is wanted to sample the text from"),
-        ({"data": "text", "divergence": 0.5}, r"a teacher is wanted for divergence=0\.5"),
+        ({"data": "self"}, "a teacher is needed to sample the text from"),
+        ({"data": "text", "divergence": 0.5}, r"a teacher is needed for divergence=0\.5"),
         ({"teacher": "dense", "divergence": 2.0}, "is not between 0"),
-        ({"data": "text", "hidden_states": 1.0}, r"a teacher is wanted for hidden_states=1\.0"),
+        ({"data": "text", "hidden_states": 1.0}, r"a teacher is needed for hidden_states=1\.0"),
         ({"teacher": "dense", "hidden_states": -1.0}, r"hidden_states=-1\.0 is no weight"),
         ({"teacher": "/no/such/teacher"}, "the teacher /no/such/teacher cannot be loaded"),
         ({"teacher": "dense", "data": "/no/such/text"}, "neither a text file nor a dataset that can be read"),
@@ -456,7 +456,7 @@ def test_a_texts_windows_are_its_own(tmp_path, dense):
         ({"teacher": "dense", "training": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor would have no eff"),
         ({"teacher": "dense", "training": {"learning_rat": 1.0}}, "learning_rat: no field of transformers' Training"),
         ({"teacher": "dense", "training": {"lr_scheduler_type": "up"}}, "TrainingArguments: "),
-        ({"teacher": "dense", "data": "short"}, "gives 1 windows of 32 tokens; 2 are wanted"),
+        ({"teacher": "dense", "data": "short"}, "gives 1 windows of 32 tokens; at least 2 are needed"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path, dense, cut, options, words):
@@ -491,7 +491,7 @@ def test_a_teacher_of_another_vocabulary(tmp_path, cut):
 
 
 def test_only_a_finedeep_model_is_healed(tmp_path, dense):
-    with pytest.raises(ConversionError, match="has model_type 'llama'; a Finedeep checkpoint is wanted"):
+    with pytest.raises(ConversionError, match="has model_type 'llama'; a Finedeep checkpoint is needed"):
         heal(dense, tmp_path / "out", teacher=str(dense), **QUICK)
     with pytest.raises(ConversionError, match="does not exist"):
         heal(Path("/no/such/model"), tmp_path / "out", teacher=str(dense), **QUICK)

@@ -32,7 +32,7 @@ def write(path, *lines):
         (GOOD | {"answer": "0"}, "line 2: answer is '0'"),
         (GOOD | {"choices": ["one"]}, "line 2: choices is .*two texts at least"),
         (GOOD | {"choices": ["one", ""]}, "line 2: choices is"),
-        (GOOD | {"question": " "}, "line 2: question is ' '; a text is wanted"),
+        (GOOD | {"question": " "}, "line 2: question is ' '; it must be a text"),
         (
             GOOD | {"choices": ["one", "\ud83d"]},
             r"line 2: it holds a surrogate \(\\ud800 to \\udfff\) without its other",
@@ -47,7 +47,7 @@ def test_a_bad_line_is_named(tmp_path, line, said):
 
 def test_an_answer_of_two_lines_is_named(tmp_path):
     path = write(tmp_path / "bad.jsonl", {"question": "a?", "answer": "b\n"}, {"question": "a?", "answer": "b\nc"})
-    with pytest.raises(EvaluationError, match=r"bad\.jsonl, line 2: answer is 'b\\nc', .* one line is wanted"):
+    with pytest.raises(EvaluationError, match=r"bad\.jsonl, line 2: answer is 'b\\nc', .* one line"):
         read_questions(path)
 
 
@@ -135,7 +135,7 @@ def test_all_four_request_types_and_the_groups_average(tmp_path, dense):
 
 
 def answering(monkeypatch, answers):
-    """A model that says what is right, and goes on to the next line."""
+    """A model that says what is right, and continues on the next line."""
     from lm_eval.models.huggingface import HFLM
 
     def generate(self, context, max_length, **more):

@@ -532,7 +532,7 @@ def test_an_unknown_task_has_its_nearest_names(capsys, one_index, converted):
 def test_a_suite_without_network_says_where_the_data_come_from(capsys, one_index, converted):
     assert command(converted, "--tasks", "finedeep_suite") == 2
     said = capsys.readouterr().err
-    assert re.search(r"data of finedeep_suite cannot be had .* --local", said)
+    assert re.search(r"data of finedeep_suite cannot be loaded .* --local", said)
 
 
 def tiny(**rows):

@@ -121,7 +121,7 @@ def test_runs_that_fail_or_are_killed_keep_their_curves_and_disturb_no_other(mon
 
 
 def test_a_killed_script_leaves_what_there_is(monkeypatch, grid):
-    """Written every WRITE seconds; here it is looked at while runs go on."""
+    """Written every WRITE seconds; here it is looked at while runs continue."""
     written(grid, [0.5], steps=100)
     seen = []
     real = gpu_grid.Grid.write
@@ -158,7 +158,7 @@ def test_texts_that_cannot_be_prepared_end_it(monkeypatch, grid):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"), [(["--only", "dense"], "names are SIZE/MODEL/RATE-SEED"), ([], "texts are wanted")]
+    ("words", "said"), [(["--only", "dense"], "names are SIZE/MODEL/RATE-SEED"), ([], "name the texts")]
 )
 def test_bad_words_are_refused(monkeypatch, grid, capsys, words, said):
     written(grid, [0.5])

@@ -1,4 +1,4 @@
-"""The recipe for training from random weights: it learns, goes on after a kill, and shares out its work."""
+"""The recipe for training from random weights: it learns, continues after a kill, and shares out its work."""
 
 import copy
 import json
@@ -172,7 +172,7 @@ def test_some_parameters_have_a_rate_of_their_own(tmp_path, recipe):
 
 @pytest.mark.parametrize("change", ["model", "nothing.here=1", "model.x=1"])
 def test_a_change_of_no_field_is_refused(recipe, change):
-    with pytest.raises(SystemExit, match=r"A\.B=VALUE is wanted"):
+    with pytest.raises(SystemExit, match=r"it must be A\.B=VALUE"):
         with_fields(recipe, change)
 
 

@@ -36,7 +36,7 @@ def test_other_texts_are_themselves(tmp_path, content):
     [
         ("a.jsonl", '{"text": "a"}\n{"words": "b"}\n', r"a\.jsonl, line 2, has the fields words; .* with a 'text'"),
         ("a.jsonl", '{"text": "a"}\nb\n', r"a\.jsonl, line 2, is no JSON object"),
-        ("a.jsonl", '{"text": 3}\n', "line 1, has the fields text; of JSON Lines each record is wanted"),
+        ("a.jsonl", '{"text": 3}\n', "line 1, has the fields text; in JSON Lines each record needs"),
         ("a.txt", '{"words": "a"}\n{"words": "b"}\n', r"a\.txt, line 1, has the fields words"),
         ("a.json", '{"text": "a"}', r"a\.json is JSON, whose syntax would be learned"),
         ("a.jsonl", " ", "is empty"),

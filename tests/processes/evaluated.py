@@ -1,4 +1,4 @@
-"""Run in two processes: two processes go on with what one has begun.
+"""Run in two processes: two processes continue what one has begun.
 
 Arguments: the model's folder; that of the tasks; that in which the one has left its answers, `story` and `shots` done;
 one with answers to all questions but the last of `sums`, which is for the first process to ask.
