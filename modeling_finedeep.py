@@ -42,6 +42,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from .configuration_finedeep import ROUTING_FUNCTIONS, FinedeepConfig
+from .kernels_finedeep import runs_on  # noqa: F401  # trf-ignore: TRF035  (transformers 5.0 copies what is named here)
 from .operators_finedeep import (
     combined_by_kernel,
     dot,

@@ -5,8 +5,10 @@ import ast
 import pytest
 import torch
 from conftest import random_model
+from finedeep.configuration_finedeep import AUTO_MAP
 from finedeep.convert.code_files import CODE_FILES
 from transformers import Trainer, TrainingArguments
+from transformers.dynamic_module_utils import get_relative_imports
 
 IDS = torch.arange(6)[None]
 
@@ -18,6 +20,18 @@ def test_no_inherited_forward_is_called_with_positional_arguments(file):
     forwards = [call for call in calls if ast.unparse(call.func).endswith(".forward")]
     inherited = [call for call in forwards if not ast.unparse(call.func).startswith("kernel.")]
     assert not [ast.unparse(call) for call in inherited if call.args]
+
+
+@pytest.mark.parametrize("reference", sorted({name.split(".")[0] for name in AUTO_MAP.values()}))
+def test_a_file_with_classes_imports_all_files_that_it_needs(reference):
+    """transformers up to 5.0 copies of a local folder what the class's own file imports, and not what that imports."""
+    file = next(file for file in CODE_FILES if file.stem == reference)
+    direct = set(get_relative_imports(file))
+    needed, found = set(), {reference}
+    while found - needed:
+        needed |= found
+        found = {name for file in CODE_FILES if file.stem in needed for name in get_relative_imports(file)}
+    assert needed - {reference} == direct
 
 
 def test_an_argument_that_nobody_knows_yet_arrives_at_the_attention():
