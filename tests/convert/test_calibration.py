@@ -536,10 +536,10 @@ def test_self_needs_no_text(tmp_path, dense, capsys):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, "cannot be read as a text"),
+        (None, "cannot be read as UTF-8 text"),
         (b"", "is empty"),
         (b" \n ", "is empty"),
-        (b"\xff\xfe\x00", "cannot be read as a text"),
+        (b"\xff\xfe\x00", "cannot be read as UTF-8 text"),
         (b"Too short.", "has 10 tokens; it needs at least 256"),
         (b"Short. " * 40, "leave 128 to learn from; with hidden size 64, at least 256 are needed"),
     ],

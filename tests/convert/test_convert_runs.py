@@ -167,7 +167,7 @@ def test_a_users_own_assignment(tmp_path, dense):
         ({"mode": "shrink"}, "mode='shrink' is not known"),
         ({"dtype": "int8"}, "dtype='int8' is not known"),
         ({"max_shard_size": "five"}, "max_shard_size='five' is not a size"),
-        ({"assignment": "activity", "text": "/no/such/text"}, "cannot be read as a text"),
+        ({"assignment": "activity", "text": "/no/such/text"}, "cannot be read as UTF-8 text"),
     ],
     ids=str,
 )

@@ -441,7 +441,7 @@ def test_a_texts_windows_are_its_own(tmp_path, dense):
         ({"data": "text", "divergence": 0.5}, r"a teacher is needed for divergence=0\.5"),
         ({"teacher": "dense", "divergence": 2.0}, "is not between 0"),
         ({"data": "text", "hidden_states": 1.0}, r"a teacher is needed for hidden_states=1\.0"),
-        ({"teacher": "dense", "hidden_states": -1.0}, r"hidden_states=-1\.0 is no weight"),
+        ({"teacher": "dense", "hidden_states": -1.0}, r"hidden_states=-1\.0 is not a weight"),
         ({"teacher": "/no/such/teacher"}, "the teacher /no/such/teacher cannot be loaded"),
         ({"teacher": "dense", "data": "/no/such/text"}, "neither a text file nor a dataset that can be read"),
         ({"teacher": "dense", "steps": 0}, "steps=0 is not a whole number"),

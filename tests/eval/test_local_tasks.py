@@ -25,12 +25,12 @@ def write(path, *lines):
     [
         ('{"question": "a?", ', "line 2, is no JSON"),
         ("[1, 2]", "line 2, has the fields of no object"),
-        ({"question": "a?", "answer": 1}, "line 2, has the fields question, answer; question \\+ choices"),
+        ({"question": "a?", "answer": 1}, "line 2, has the fields question, answer; it needs question \\+ choices"),
         (GOOD | {"answer": 2}, "line 2: answer is 2; .* whole number from 0 to 1"),
         (GOOD | {"answer": -1}, "line 2: answer is -1"),
         (GOOD | {"answer": True}, "line 2: answer is True"),
         (GOOD | {"answer": "0"}, "line 2: answer is '0'"),
-        (GOOD | {"choices": ["one"]}, "line 2: choices is .*two texts at least"),
+        (GOOD | {"choices": ["one"]}, "line 2: choices is .*two texts or more"),
         (GOOD | {"choices": ["one", ""]}, "line 2: choices is"),
         (GOOD | {"question": " "}, "line 2: question is ' '; it must be a text"),
         (
@@ -52,7 +52,9 @@ def test_an_answer_of_two_lines_is_named(tmp_path):
 
 
 def test_unknown_fields_in_the_first_line(tmp_path):
-    with pytest.raises(EvaluationError, match=r"line 1, has the fields prompt; question \+ choices \+ answer or"):
+    with pytest.raises(
+        EvaluationError, match=r"line 1, has the fields prompt; it needs question \+ choices \+ answer or"
+    ):
         read_questions(write(tmp_path / "bad.jsonl", {"prompt": "?"}))
 
 

@@ -34,7 +34,7 @@ def test_other_texts_are_themselves(tmp_path, content):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.jsonl", '{"text": "a"}\n{"words": "b"}\n', r"a\.jsonl, line 2, has the fields words; .* with a 'text'"),
+        ("a.jsonl", '{"text": "a"}\n{"words": "b"}\n', r"a\.jsonl, line 2, has the fields words; .* needs a 'text'"),
         ("a.jsonl", '{"text": "a"}\nb\n', r"a\.jsonl, line 2, is no JSON object"),
         ("a.jsonl", '{"text": 3}\n', "line 1, has the fields text; in JSON Lines each record needs"),
         ("a.txt", '{"words": "a"}\n{"words": "b"}\n', r"a\.txt, line 1, has the fields words"),
