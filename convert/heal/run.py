@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from finedeep_files.commits import commit_of
-from finedeep_files.errors import ConversionError, one_line
+from finedeep_files.errors import ConversionError, check_whole_number, one_line
 from finedeep_files.hashing import sha256
 from finedeep_files.healing_options import HealingOptions
 from finedeep_files.json_files import write_json
@@ -191,6 +191,7 @@ def _student_config(model: Path) -> FinedeepConfig:
     """The model's configuration. Raises `ConversionError` where it is broken."""
     try:
         config = FinedeepConfig.from_pretrained(model)
+        check_whole_number("hidden_size", config.hidden_size, 1)  # which transformers 5.0 takes as it comes
     except Exception as error:  # the file may be a stranger's, and what a bad one raises differs by version
         raise ConversionError(f"{model}/config.json is no Finedeep configuration that works: {one_line(error)}") from (
             error
