@@ -78,6 +78,9 @@ def run_command(words, environment=(), processes=1, cwd=None, said="", largest_f
         said: what they read on stdin.
         largest_file: bytes, above which the system refuses to write a file.
     """
+    if environment and huggingface_hub.__version__.startswith("0."):  # which reads its settings once for all
+        command = [sys.executable, "-m", "finedeep_cli", *map(str, words)]
+        return [subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, cwd=cwd)]
     how = {"environment": dict(environment), "cwd": cwd, "said": said, "largest_file": largest_file}
     return run_forked(_run_command, [*map(str, words)], how, processes=processes)
 
