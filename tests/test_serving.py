@@ -21,6 +21,7 @@ from isolated import run_isolated
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AttentionInterface, LlamaConfig
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 LAYERS, M, K = 3, 2, 4
 
@@ -619,7 +620,6 @@ NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)
 TRANSFORMERS_TOKENS = """
 import torch
 from transformers import AutoModelForCausalLM
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 folder, prompts, device = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).to(device).eval()
 answer = []
