@@ -47,12 +47,13 @@ def test_a_bad_line_is_named(tmp_path, line, said):
 
 def test_an_answer_of_two_lines_is_named(tmp_path):
     path = write(tmp_path / "bad.jsonl", {"question": "a?", "answer": "b\n"}, {"question": "a?", "answer": "b\nc"})
-    with pytest.raises(EvaluationError, match=r"bad\.jsonl, line 2: answer is 'b\\nc', .* one line"):
+    with pytest.raises(EvaluationError, match=r"bad\.jsonl, line 2: answer is 'b\\nc', .* a text of one line"):
         read_questions(path)
 
 
 def test_unknown_fields_in_the_first_line(tmp_path):
-    with pytest.raises(EvaluationError, match=r"the fields prompt; it needs question \+ choices \+ answer or"):
+    said = r"line 1, has the fields prompt; it needs question \+ choices \+ answer or"
+    with pytest.raises(EvaluationError, match=said):
         read_questions(write(tmp_path / "bad.jsonl", {"prompt": "?"}))
 
 
