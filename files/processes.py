@@ -55,10 +55,11 @@ def share(said: Any) -> Any:
     if not are_several():
         return said
     if not distributed.is_initialized():
-        accelerator = torch.accelerator.current_accelerator()
-        if accelerator is not None:
+        device = "cpu"
+        if torch.accelerator.is_available():  # a torch that is built for one may run where none is
+            device = torch.accelerator.current_accelerator()
             torch.accelerator.set_device_index(local_process_number())
-        backend = distributed.get_default_backend_for_device(accelerator or "cpu")
+        backend = distributed.get_default_backend_for_device(device)
         # Others wait while the first one reads a text or scores; the launcher ends them where it fails.
         distributed.init_process_group(backend, timeout=timedelta(weeks=52))
     values = [said]
