@@ -30,15 +30,9 @@ def run_forked(function, *arguments, processes=1):
     Raises:
         AssertionError: with the traceback of the first that fails; the others are then ended.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     started = {}
-    for number in range(processes):
+    for place in _places(processes):
         mine, other = FORKS.Pipe()
-        place = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-        place = {name: str(value) for name, value in place.items()} if processes > 1 else {}
         process = FORKS.Process(target=_run, args=(function, arguments, place, other))
         process.start()
         other.close()
@@ -59,6 +53,19 @@ def run_forked(function, *arguments, processes=1):
             process.kill()  # if it is still there
             process.join()
     return [answers[mine] for mine in started]
+
+
+def _places(processes):
+    """For each process the variables by which it finds the others; none where it is alone."""
+    if processes == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    same = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "OMP_NUM_THREADS": 1}
+    same |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    places = [{"RANK": number, "LOCAL_RANK": number, **same} for number in range(processes)]
+    return [{name: str(value) for name, value in place.items()} for place in places]
 
 
 def run_script(path, *arguments, environment=(), processes=1, cwd=None):
