@@ -15,7 +15,8 @@ from .source import TOKENIZER_CONFIG, companions_in
 
 # What AutoTokenizer may want of config.json.
 WANTED = ("model_type", "tokenizer_class", "transformers_version")
-AS_THE_FILE = {"TokenizersBackend": "PreTrainedTokenizerFast"}  # the name that transformers 4 knows too
+# The class that takes tokenizer.json as it is, by its newest name and by the one that every version knows.
+NEWEST, AS_THE_FILE = "TokenizersBackend", "PreTrainedTokenizerFast"
 
 
 def keep_tokens(source: Path, folder: Path, vocabulary: int) -> None:
@@ -24,9 +25,10 @@ def keep_tokens(source: Path, folder: Path, vocabulary: int) -> None:
     transformers 5 goes by the model's type, which is another one now: for a Mistral or Phi-3 it takes tokenizer.json as
     it is, whatever class tokenizer_config.json names; for a type that it does not know it takes that class, which may
     put its own rules in the place of the file's. transformers 4 asks to run the folder's code where no class is named,
-    and does not know the class that transformers 5 names. So the class that reads the source is named, where that makes
-    a difference. Nothing is done where there is no tokenizer, and whatever is wrong with one is told of, tokens beyond
-    the model's `vocabulary` among it: no weights are lost over it.
+    and does not know the class that transformers 5 names. So a class is named where that makes a difference: the one
+    that takes the file as it is, else the one that reads the source, which differs by version. Nothing else is done
+    where there is no tokenizer that this version reads, and whatever is wrong with one is told of, tokens beyond the
+    model's `vocabulary` among it: no weights are lost over it.
     """
     try:
         _keep_tokens(source, folder, vocabulary)
@@ -35,8 +37,12 @@ def keep_tokens(source: Path, folder: Path, vocabulary: int) -> None:
 
 
 def _keep_tokens(source: Path, folder: Path, vocabulary: int) -> None:
+    path = folder / TOKENIZER_CONFIG
+    known = read_json(path, "the tokenizer's configuration") if path.is_file() else {}
     before = _loaded(source)
     if before is None:
+        if known.get("tokenizer_class") == NEWEST:
+            write_json(path, {**known, "tokenizer_class": AS_THE_FILE})
         return
     if beyond := sorted((number, token) for token, number in before.get_vocab().items() if number >= vocabulary):
         warnings.warn(
@@ -45,12 +51,13 @@ def _keep_tokens(source: Path, folder: Path, vocabulary: int) -> None:
             "embeddings, or take them out of the tokenizer.",
             stacklevel=3,
         )
-    path = folder / TOKENIZER_CONFIG
-    known = read_json(path, "the tokenizer's configuration") if path.is_file() else {}
     name = type(before).__name__
-    named = {**known, "tokenizer_class": AS_THE_FILE.get(name, name), "model_input_names": before.model_input_names}
-    every_version_knows = known.get("tokenizer_class") not in (None, *AS_THE_FILE)
-    for content in (known, named) if every_version_knows else (named, known):
+    named = [
+        {**known, "tokenizer_class": other, "model_input_names": before.model_input_names}
+        for other in (AS_THE_FILE, name)
+    ]
+    every_version_knows = known.get("tokenizer_class") not in (None, NEWEST)
+    for content in (known, *named) if every_version_knows else (*named, known):
         write_json(path, content)
         after = _loaded(folder)
         if after is not None and first_difference(before, after) is None:

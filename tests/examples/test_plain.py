@@ -1,5 +1,6 @@
 """Texts as tokens on the disk, packed by document; a plain loop that trains as transformers' Trainer does."""
 
+import inspect
 import json
 import lzma
 import os
@@ -13,7 +14,7 @@ import pytest
 import torch
 import yaml
 from finedeep.demo.world import World
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Trainer
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
@@ -91,7 +92,7 @@ def test_tokens_that_are_not_whole_are_not_there(monkeypatch, tmp_path, recipe):
     monkeypatch.setattr(prepare.np, "save", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare.prepare(recipe, tmp_path / "prepared")
-    assert not list(tmp_path.rglob("*tokens*"))
+    assert not [path for path in tmp_path.rglob("*tokens*") if path.parent.name != "tokenizer"]
 
 
 def test_a_large_vocabulary_has_wider_tokens():
@@ -168,7 +169,7 @@ def test_the_plain_loop_trains_as_the_trainer_does(tmp_path, recipe, folder, han
     ours, theirs = (curve(tmp_path / name / "log.jsonl") for name in ("plain", "trainer"))
     assert ours.keys() == theirs.keys() == {(s, n) for s in (4, 8, 12) for n in NAMES}
     for place, loss in ours.items():
-        assert loss == pytest.approx(theirs[place], abs=2e-4), place
+        assert loss * COUNTED_BY_TRAINER == pytest.approx(theirs[place], abs=2e-4 if COUNTED_BY_TRAINER == 1 else 1e-3)
     lines = [json.loads(line) for line in (tmp_path / "plain/log.jsonl").read_text().splitlines()]
     assert 0 < lines[-1]["nsar"]["0.1"] < 1
     assert ("gate_mean" in lines[-1]) == (model == "finedeep")
@@ -176,6 +177,9 @@ def test_the_plain_loop_trains_as_the_trainer_does(tmp_path, recipe, folder, han
 
 
 NAMES = ("loss", "eval_held_out_loss", "eval_author_loss")
+# An older Trainer divides by every label, the first of a sequence among them, which no token predicts; its gradients
+# are as much smaller, and are clipped a little less.
+COUNTED_BY_TRAINER = 1 if "labels_for_count" in inspect.getsource(Trainer) else 15 / 16
 
 
 def test_a_stopped_loop_goes_on_as_if_it_had_not_been(monkeypatch, tmp_path, recipe, folder, handlers):
