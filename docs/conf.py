@@ -14,6 +14,8 @@ release = version = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
+html_static_path = ["style"]
+html_css_files = ["narrow.css"]
 html_title = f"Finedeep {version}"
 html_show_sourcelink = False
 

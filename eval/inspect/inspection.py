@@ -218,8 +218,8 @@ def rows_of(inspections: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     ]
     gated = [[p["gates"] for p in found["places"] if "gates" in p] for found in models]
     for label, figure in OF_GATES.items():
-        if any(gated):
-            cells = [figure(gates) if gates else None for gates in gated]
+        cells = [figure(gates) if gates else None for gates in gated]
+        if any(value is not None for value in cells):  # constant gates have no correlation
             rows.append([label, *("" if value is None else f"{value:.3g}" for value in cells)])
     return rows
 

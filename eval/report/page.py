@@ -32,9 +32,9 @@ MADE = ("models", "weights", "dtypes", "options", "n-shot", "versions")  # of th
 # The columns of a narrow screen first: what one looks for, then where it comes from.
 COLUMNS = (
     "Task",
+    "finedeep",
     "difference",
     "verdict",
-    "finedeep",
     "dense",
     "95 % interval",
     "p",

@@ -17,6 +17,7 @@ import datasets
 import pytest
 import torch
 import yaml
+from browser import CHROMIUM, look
 from conftest import byte_tokenizer, make_dense, random_model
 from finedeep.convert.hub.card import make_card, read_comparison, read_scores
 from finedeep.eval import EvaluationError, evaluate
@@ -709,41 +710,14 @@ def test_two_processes_say_it_once(tmp_path, dense, cut, questions):
     assert len(list((tmp_path / "out").rglob("results_*.json"))) == 2
 
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
 @pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
 @pytest.mark.parametrize("width", [360, 1400])
 def test_the_page_in_a_browser(tmp_path, done, width):
-    """A screenshot, and no more to scroll sideways than the screen has; tables scroll by themselves."""
-    page = (done / "report.html").read_text()
-    measure = "<script>document.title = document.documentElement.scrollWidth + ' ' + document.images.length + ' ' + "
-    measure += "[...document.images].filter(i => i.naturalWidth > 100).length</script></body>"
-    copy = tmp_path / "page.html"
-    copy.write_text(page.replace("</body>", measure))
-    # A narrow window has a least width of its own; a frame has not.
-    frame = tmp_path / "frame.html"
-    frame.write_text(f'<body style="margin:0"><iframe src="page.html" style="border:0;width:{width}px;height:4000px">')
-    headless = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
-    shot = tmp_path / f"page-{width}.png"
-    subprocess.run(
-        [*headless, f"--window-size={max(width, 500)},4000", f"--screenshot={shot}", frame.as_uri()],
-        check=True,
-        capture_output=True,
-    )
-    assert shot.stat().st_size > 50_000
-    frame.write_text(
-        frame.read_text() + "</iframe><script>onload = () => document.body.textContent = "
-        "document.querySelector('iframe').contentDocument.title</script>"
-    )
-    dom = subprocess.run(
-        [*headless, f"--window-size={max(width, 500)},4000", "--dump-dom", frame.as_uri()],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    scroll, images, drawn = map(int, re.search(r"(\d+) (\d+) (\d+)", re.sub(r"<head>.*</head>", "", dom)).groups())
-    assert scroll <= width
-    assert images == drawn == 5
+    """It scrolls by its tables alone, and the columns that are looked for first are on the screen."""
+    page = done / "report.html"
+    (seen,) = look([page], width, tmp_path)
+    assert seen["scroll"] <= width
+    assert seen["images"] == seen["drawn"] == page.read_text().count("<img") >= 3
+    assert max(seen["columns"][name] for name in ("finedeep", "difference", "verdict", "ratio")) <= width
