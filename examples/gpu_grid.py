@@ -75,6 +75,12 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="a file to write, such as h100.jsonl")
     parser.add_argument("--train", type=Path, help="the text to train on; some of it is held out")
     parser.add_argument("--author", type=Path, help="a text by somebody else, to measure on too")
+    parser.add_argument(
+        "--measure", action="append", default=[], metavar="NAME=FILE", help="one more text to measure on"
+    )
+    parser.add_argument(
+        "--starts", type=Path, help="a folder that examples/starts.py has made, for a grid that needs it"
+    )
     parser.add_argument("--data", type=Path, help="instead of texts: a folder that examples/prepare.py has made")
     parser.add_argument("--work", type=Path, help="a folder for tokens and states (default: .OUT.work beside OUT)")
     parser.add_argument("--deadline", type=float, default=math.inf, metavar="SECONDS", help="from now (default: none)")
@@ -114,12 +120,23 @@ def chosen(arguments: argparse.Namespace) -> list[Run]:
             changes = changes | {"data.prepared": str(data.absolute())}
             if not arguments.data:
                 changes |= {"data.train": str(arguments.train.absolute())}
-                changes |= {"data.validation": {"author": str(arguments.author.absolute())}}
+                texts = {"author": arguments.author} | dict(text.split("=", 1) for text in arguments.measure)
+                changes |= {"data.validation": {name: str(Path(file).absolute()) for name, file in texts.items()}}
+            if "start" in changes:
+                start = str((starts_of(arguments) / changes["start"]).absolute())
+                changes |= {"start": start, "tokenizer.path": start}
             if arguments.tokens:
                 changes |= length_of(read_recipe(path, words_of(changes)), arguments.tokens)
             words = words_of(changes)
             runs.append(Run(name, read_recipe(path, words), [str(path), *words_for(words)], work / "runs" / name))
     return runs
+
+
+def starts_of(arguments: argparse.Namespace) -> Path:
+    """Where the models lie from which the grid's runs start. Exits where that was not said."""
+    if not arguments.starts:
+        raise SystemExit(f"{arguments.grid} continues from checkpoints: name their folder, --starts.")
+    return arguments.starts
 
 
 def words_of(changes: Changes) -> list[str]:
@@ -254,7 +271,7 @@ def table_of(runs: Sequence[Run]) -> str:
             line = run.line()
             figures = [f"{name} {line[name]:.3f}" for name in ("gate_mean", "gate_std", "gate_low") if name in line]
             nsar = [f"NSAR {line['nsar']['0.1']:.3f}"] if "nsar" in line else []
-            speed = f"{points[-1]['tokens'] / points[-1]['seconds']:,.0f} tokens/s"
+            speed = f"{points[-1]['tokens'] / max(points[-1]['seconds'], 1e-9):,.0f} tokens/s"
             rows.append(", ".join([run.says(), *nsar, *figures, speed]))
     return "\n".join(rows)
 

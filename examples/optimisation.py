@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from fresh_model import named
+from starting_model import named
 from torch import nn
 
 

@@ -3,8 +3,9 @@
     python examples/plain.py RECIPE.yaml OUT --set training.seed=1
 
 Same recipe, same tokens, same log, OUT/log.jsonl; of the recipe's training it takes the fields in `Training`. The log's
-last line has NSAR (the non-sparse activation rate) and gates on the held-out text. A SIGTERM stops it with its state
-saved, and the same command then continues. The model is not saved. examples/gpu_grid.py runs many of these on one GPU.
+last line has NSAR (the non-sparse activation rate) and gates on the held-out text; from a checkpoint (the recipe's
+start) its first does too. A SIGTERM stops it with its state saved, and the same command then continues. The model is
+not saved. examples/gpu_grid.py runs many of these on one GPU.
 """
 
 import argparse
@@ -21,11 +22,11 @@ import from_checkout  # noqa: F401
 import torch
 from finedeep.eval.inspect.inspection import summary_of
 from finedeep.eval.inspect.recorder import places_of, watch
-from fresh_model import model_of
 from optimisation import groups_of
 from packed import Packed, texts_to_train_and_measure_on
 from recipe import Recipe, read_recipe, training_of
 from run_log import add_to_log, begin_log, first_line, speed
+from starting_model import model_of
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, get_scheduler
 
@@ -115,6 +116,11 @@ def train(recipe: Recipe, prepared: Path, out: Path) -> None:
     step, total, trained = state.load()
     log = out / "log.jsonl"
     begin_log(log, first, step)
+    if recipe.get("start") and not step:
+        found = looked_into(model, next(iter(measured.values())), losses)
+        before = {name: figure for name, figure in found.items() if name not in ("histogram", "gates")}
+        add_to_log(log, {"step": 0, "tokens": 0, "seconds": 0.0} | losses.of(measured) | before)
+        model.train()
     begin = mark = time.perf_counter()
     since = step
     while step < training.max_steps and not stop.asked:
@@ -128,8 +134,7 @@ def train(recipe: Recipe, prepared: Path, out: Path) -> None:
         if step % training.eval_steps == 0 or step == training.max_steps:
             line = {"step": step, "tokens": step * shape[0] * shape[1], "loss": float(total) / trained}
             line |= speed((step - since) * shape[0] * shape[1], time.perf_counter() - mark, first["flops_per_token"])
-            line |= {f"eval_{name}_loss": losses.mean(windows) for name, windows in measured.items()}
-            add_to_log(log, line | {"seconds": round(time.perf_counter() - begin, 1)})
+            add_to_log(log, line | losses.of(measured) | {"seconds": round(time.perf_counter() - begin, 1)})
             total, trained, since, mark = 0.0, 0, step, time.perf_counter()
     if step < training.max_steps:
         state.save(step, total, trained)
@@ -179,6 +184,10 @@ class Losses:
             if rows is not None:
                 targets[rows:] = -100
             return self.head(self.model.lm_head, hidden, targets)
+
+    def of(self, measured: dict[str, Packed]) -> dict[str, float]:
+        """By the names that a log has for them, the losses of all that is measured on."""
+        return {f"eval_{name}_loss": self.mean(windows) for name, windows in measured.items()}
 
     def mean(self, windows: Packed) -> float:
         """Over all windows. By the graph that trains, where there is one, so that no other must be compiled."""

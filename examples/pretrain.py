@@ -20,12 +20,12 @@ from typing import Any
 import from_checkout  # noqa: F401
 import torch
 from finedeep.convert.heal.training_checkpoints import ArgumentsWithoutSecrets, train_to_the_end
-from fresh_model import model_of
 from optimisation import groups_of
 from packed import texts_to_train_and_measure_on
 from prepare import prepare
 from recipe import Recipe, changed, read_recipe, training_of
 from run_log import add_to_log, begin_log, first_line, speed
+from starting_model import model_of
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 

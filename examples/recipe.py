@@ -51,7 +51,7 @@ def without_folders(recipe: Recipe) -> Recipe:
             return {name: without(inner) for name, inner in value.items()}
         return Path(value).name if isinstance(value, str) else value
 
-    return recipe | {name: without(recipe[name]) for name in ("data", "tokenizer")}
+    return recipe | {name: without(recipe[name]) for name in ("data", "tokenizer", "start") if name in recipe}
 
 
 def runs_of(grid: dict[str, Any]) -> Iterator[tuple[str, Changes]]:
@@ -63,7 +63,8 @@ def runs_of(grid: dict[str, Any]) -> Iterator[tuple[str, Changes]]:
             kind = changes.setdefault("model", "finedeep")
             # what a model sets itself comes last
             changes = grid["sizes"][group["size"]][kind] | changes
-            changes |= {"training.learning_rate": rate, "training.seed": seed}
+            # what is left to a seed where the weights are a checkpoint's: the order of the text
+            changes |= {"training.learning_rate": rate, "data.seed" if "start" in changes else "training.seed": seed}
             name = f"{group['size']}/{slug(model)}/{rate:g}-{seed}"
             if name not in seen:
                 yield name, changes

@@ -2,9 +2,9 @@
 
     python examples/results.py
 
-A log is SIZE/MODEL/RATE-SEED.jsonl, as examples/grid.py names it (of larger models see larger.py). Of each model that
-learning rate counts with which it has the lowest loss on held-out text; two rates are compared over the seeds that both
-have.
+A log is SIZE/MODEL/RATE-SEED.jsonl, as examples/grid.py names it (of larger models see larger.py, of continued training
+continued.py). Of each model that learning rate counts with which it has the lowest loss on held-out text; two rates are
+compared over the seeds that both have.
 """
 
 import json
@@ -19,6 +19,7 @@ from typing import Any
 
 import from_checkout  # noqa: F401
 import yaml
+from continued import read_continued, tables_of_continued
 from finedeep.benchmarks.documents import put_table
 from finedeep.eval.compare.scores import Score
 from finedeep.eval.compare.table import aligned_markdown
@@ -119,8 +120,8 @@ def main() -> None:
     grid = yaml.safe_load(GRID.read_text(encoding="utf-8"))
     for mark, table in tables_of(groups, grid["tables"]).items():
         put_table(mark, table, PAGE)
-    larger = tables_of_larger(read_larger(LOGS))
-    for mark, table in larger.items():
+    others = tables_of_larger(read_larger(LOGS)) | tables_of_continued(read_continued(LOGS))
+    for mark, table in others.items():
         put_table(mark, table, PAGE)
     put_table("rates", rates_of_models(groups, grid["rates"]), PAGE)
     put_table("tasks", tasks_of(json.loads(TASKS.read_text(encoding="utf-8"))), PAGE)

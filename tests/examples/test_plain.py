@@ -21,11 +21,11 @@ sys.path.insert(0, str(ROOT / "examples"))
 import packed  # noqa: E402
 import plain  # noqa: E402
 import prepare  # noqa: E402
-from fresh_model import model_of  # noqa: E402
 from optimisation import groups_of  # noqa: E402
 from pretrain import pretrain  # noqa: E402
 from recipe import changed  # noqa: E402
 from run_log import speed  # noqa: E402
+from starting_model import model_of  # noqa: E402
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A model with random weights, as a recipe has it."""
+"""A model before its training, as a recipe has it: with random weights, or those of a checkpoint."""
 
 from collections.abc import Iterator
 from itertools import chain
@@ -8,7 +8,14 @@ import torch
 from finedeep import FinedeepConfig, FinedeepForCausalLM
 from recipe import Recipe
 from torch import nn
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 KINDS = {"llama": (LlamaConfig, LlamaForCausalLM), "finedeep": (FinedeepConfig, FinedeepForCausalLM)}
@@ -23,7 +30,27 @@ AttentionInterface.register(CAUSAL, sdpa_attention_forward)
 
 
 def model_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A model with random weights, by the seed of the training. Exits where it lacks a parameter that is named."""
+    """The model of the recipe's `start`, otherwise one with random weights. Exits where it lacks what is named."""
+    built = (of_checkpoint if recipe.get("start") else of_random_weights)(recipe, tokenizer)
+    built.set_attn_implementation(CAUSAL)
+    for parameter in chain.from_iterable(named(built, name) for name in recipe["freeze"]):
+        parameter.requires_grad_(False)
+    return built
+
+
+def of_checkpoint(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """In float32, from a folder. The recipe's sizes say nothing then. Exits where the recipe's text does not fit."""
+    built = AutoModelForCausalLM.from_pretrained(recipe["start"], dtype=torch.float32, trust_remote_code=False)
+    needed = {"vocab_size": len(tokenizer), "max_position_embeddings": recipe["data"]["context"]}
+    for field, least in needed.items():
+        if (found := getattr(built.config, field)) < least:
+            raise SystemExit(f"{recipe['start']} has {field}={found}; the recipe's tokenizer and context need {least}.")
+    return built
+
+
+@torch.no_grad()
+def of_random_weights(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """By the seed of the training."""
     kind = recipe["model"]
     config, model = KINDS[kind]
     torch.manual_seed(recipe["training"].get("seed", 0))
@@ -38,13 +65,9 @@ def model_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMo
             **recipe[kind],
         )
     )
-    built.set_attn_implementation(CAUSAL)
-    with torch.no_grad():
-        for name, how in recipe["initialise"].items():
-            for parameter in named(built, name):
-                INITIALISE[next(iter(how))](parameter, next(iter(how.values())))
-    for parameter in chain.from_iterable(named(built, name) for name in recipe["freeze"]):
-        parameter.requires_grad_(False)
+    for name, how in recipe["initialise"].items():
+        for parameter in named(built, name):
+            INITIALISE[next(iter(how))](parameter, next(iter(how.values())))
     return built
 
 
