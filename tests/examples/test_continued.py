@@ -2,6 +2,7 @@
 
 import json
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,7 @@ def test_wider_has_the_size_of_the_grown_model_and_a_gradient_in_its_new_neurons
 
 @pytest.fixture
 def recipe(tmp_path, made):
-    texts = list(World.from_seed(0).texts(0))[:300]
+    texts = list(islice(World.from_seed(0).texts(0), 300))
     (tmp_path / "train.txt").write_text("\n".join(texts))
     recipe = read_recipe(ROOT / "examples/recipes/continue-260k.yaml")
     recipe["data"] |= {"train": str(tmp_path / "train.txt"), "document_characters": 200, "held_out_documents": 9}
