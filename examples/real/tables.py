@@ -13,7 +13,8 @@ Results = Mapping[str, Any]
 def write_page(results: Results, page: Path) -> None:
     """Put each table between its marks."""
     for mark, (head, rows) in TABLES.items():
-        put_table(f"real-{mark}", aligned_markdown(head, [*rows(results)], 1), page)
+        found = [*rows(results)]
+        put_table(f"real-{mark}", aligned_markdown(head, found, 1) if found else "Not measured yet.", page)
 
 
 def losses(results: Results) -> Iterator[list[str]]:

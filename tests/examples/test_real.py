@@ -78,6 +78,7 @@ def test_a_run_measures_writes_the_page_and_does_nothing_twice(tmp_path, dense, 
     assert exact["activations"]["dense"]["nsar"] == pytest.approx(exact["activations"]["finedeep"]["nsar"])
     assert (tmp_path / "results/receipt-m1-k8.json").is_file()
     assert "| M=1 K=8" in page.read_text()
+    assert "<!-- real-benchmarks:begin -->\nNot measured yet.\n" in page.read_text()  # no questions were given
     capsys.readouterr()
     run.main()
     assert "losses ..." not in capsys.readouterr().out
