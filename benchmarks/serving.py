@@ -22,8 +22,8 @@ from typing import Any
 import torch
 import transformers
 from finedeep_files.processor import processor
+from finedeep_files.progress import Progress
 from finedeep_files.whole_file import write_whole
-from tqdm import tqdm
 
 from ..configuration_finedeep import __version__
 from .documents import put_table
@@ -75,21 +75,27 @@ def measure(
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         engines[name] = subprocess.Popen(command, text=True, stderr=subprocess.DEVNULL, **pipes)
     taken = {name: {"wall": [], "cpu": []} for name in engines}
-    for i in tqdm(range(rounds + 1), unit="round", desc=mode, disable=None):
-        for name, engine in engines.items():
-            with suppress(BrokenPipeError):  # it has ended, and gives no answer
-                engine.stdin.write("\n")
-                engine.stdin.flush()
-            answer = engine.stdout.readline().split()
-            if not answer:
-                raise SystemExit(f"The engine of {name} ended; run it alone to see why.")
-            if i:
-                for what, seconds in zip(("wall", "cpu"), answer, strict=True):
-                    taken[name][what].append(round(float(seconds), 4))
+    with Progress(mode, rounds + 1, "rounds", True) as bar:
+        for i in range(rounds + 1):
+            for name, engine in engines.items():
+                for what, seconds in zip(("wall", "cpu"), a_turn(name, engine), strict=True):
+                    taken[name][what] += [seconds] if i else []
+            bar.update()
     for engine in engines.values():
         engine.stdin.close()
         engine.wait()
     return taken
+
+
+def a_turn(name: str, engine: subprocess.Popen) -> list[float]:
+    """Wall-clock seconds and seconds of CPU. Exits where the engine gives no answer."""
+    with suppress(BrokenPipeError):  # it has ended
+        engine.stdin.write("\n")
+        engine.stdin.flush()
+    answer = engine.stdout.readline().split()
+    if not answer:
+        raise SystemExit(f"The engine of {name} ended; run it alone to see why.")
+    return [round(float(seconds), 4) for seconds in answer]
 
 
 def table_of(content: dict[str, Any]) -> str:
