@@ -20,7 +20,7 @@ from recipe import slug
 
 GRID = Path(__file__).with_name("continue_grid.yaml")
 BASE = "dense"
-SHARES = (0, 0.1, 0.2, 0.5, 1.0)  # of a training, after which its losses are shown
+SHARES = (0, 0.2, 0.4, 0.6, 1.0)  # of a training, after which its losses are shown
 TEXTS = {"held_out": "held out", "author": "other author", "own": "its own kind"}
 HEAD = ["size", "model", "parameters", "rate", "seeds", "held out: before"]
 HEAD += [head for text in TEXTS.values() for head in (text, "over dense")]

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Iterable
 
 import from_checkout
+from continued import BASE, best_of, over, read_continued
 from finedeep.benchmarks import gap, results
 from finedeep.benchmarks.documents import put_table
 from larger import read_larger
@@ -87,6 +88,28 @@ def claim_row() -> list[str]:
     return ["Is it better when trained from scratch?", answer, "[Train](docs/train.md)"]
 
 
+def continued_row() -> list[str]:
+    """Over the dense checkpoint that was trained on as long, on held-out text; models of its size, and grown ones."""
+    size, models = next(iter(read_continued(ROOT / "examples" / "logs").items()))
+    best = {model: best_of(rates) for model, rates in models.items()}
+    said = ", ".join(
+        f"{words} {over(best[model], best[BASE], 'held_out')}" for model, words in CONTINUED.items() if model in best
+    )
+    seeds = min(map(len, best.values()))
+    answer = (
+        f"`stories260k`, {size.partition(', ')[2]}, {seeds} seed{'s' * (seeds > 1)}, held-out loss over dense: {said}"
+    )
+    return ["Does it learn more when a checkpoint is trained on?", answer, "[Train](docs/train.md)"]
+
+
+CONTINUED = {
+    "m-1-k-8": "M=1 K=8",
+    "m-2-k-8-healed": "M=2 K=8 healed",
+    "grow-m-2-k-8": "grow",
+    "dense-wider": "dense, wider",
+}
+
+
 def table() -> str:
     rows = [
         exact_row(),
@@ -112,6 +135,7 @@ def table() -> str:
             ],
         ),
         claim_row(),
+        continued_row(),
     ]
     return results.markdown(HEAD, rows, len(HEAD))
 
