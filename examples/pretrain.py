@@ -109,7 +109,7 @@ class Log(TrainerCallback):
         self.path, self.tokens_a_step = path, tokens_a_step
         self.first = first_line(recipe, model)
         self.begin = 0.0
-        self.mark: tuple[int, float] | None = None  # a step, and when training went on after it
+        self.mark: tuple[int, float] | None = None  # a step, and when training continued after it
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         self.begin = time.perf_counter()

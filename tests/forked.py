@@ -46,7 +46,7 @@ def run_forked(function, *arguments, processes=1):
                 try:
                     answers[mine], error = mine.recv()
                 except EOFError:
-                    error = "it died without a word"
+                    error = "it died without an exception"
                 assert error is None, error
     finally:
         for process in started.values():

@@ -519,7 +519,7 @@ def test_one_graph_without_guards_serves_every_length(first):
 # ---------------------------------------------------------------- parallelism
 
 
-# SGLang's `_normalize_tp_style` raises for any other style, on one GPU too; vLLM replicates without a word.
+# SGLang's `_normalize_tp_style` raises for any other style, on one GPU too; vLLM silently replicates.
 STYLES = {"colwise", "colwise_rep", "rowwise", "rowwise_rep", "replicate"}
 
 

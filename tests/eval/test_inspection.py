@@ -272,7 +272,7 @@ def test_a_model_with_experts_in_some_layers_is_refused(tmp_path, text):
 
 
 def test_what_is_held_does_not_grow_with_the_text(finedeep, text, monkeypatch):
-    """Sums of the same size after one window and after six; and of the text no more is read than is wanted."""
+    """Sums of the same size after one window and after six; and no more of the text is read than was asked for."""
     held = []
 
     def summary_of(places):

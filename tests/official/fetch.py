@@ -1,6 +1,6 @@
 """Fetch the tests that transformers' own source distribution holds: python tests/official/fetch.py.
 
-They are transformers' work and not part of this project, so they are downloaded where they are wanted and never
+They are transformers' work and not part of this project, so they are downloaded where they are needed and never
 committed. Whatever version of transformers is installed, the tests are that version's.
 """
 
@@ -24,7 +24,7 @@ ARCHIVE = f"transformers-{VERSION}.tar.gz"
 
 
 class FetchError(Exception):
-    """The tests could not be had. The message says what was wanted and what to do."""
+    """The tests could not be fetched. The message says what was needed and what to do."""
 
 
 class Links(HTMLParser):

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 def accelerate(kind):
     accelerator = Accelerator(cpu=True)
     if kind == "FSDP2":
-        # Asked for on a CPU, accelerate falls back to DDP without a word; its FSDP2 code itself runs there. What the
+        # Asked for on a CPU, accelerate silently falls back to DDP; its FSDP2 code itself runs there. What the
         # launch file says has come by environment variables, which the plugin reads.
         plugin = FullyShardedDataParallelPlugin(cpu_ram_efficient_loading=False)  # which wants an accelerator
         assert plugin.fsdp_version == 2

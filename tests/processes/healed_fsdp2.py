@@ -12,7 +12,7 @@ from transformers import Trainer
 
 
 def create_with_fsdp2(trainer):
-    """As accelerated.py: asked for on a CPU, accelerate falls back to DDP without a word."""
+    """As accelerated.py: asked for on a CPU, accelerate silently falls back to DDP."""
     create(trainer)
     plugin = FullyShardedDataParallelPlugin(cpu_ram_efficient_loading=False)  # which wants an accelerator
     for state in (PartialState, AcceleratorState):
