@@ -91,7 +91,12 @@ def wait_for(path: Path) -> Path:
 
 def train(recipe: Recipe, prepared: Path, out: Path) -> None:
     """Train as the recipe says, from the saved state where there is one."""
-    stop = Stop()
+    with Stop() as stop:
+        train_until(stop, recipe, prepared, out)
+
+
+def train_until(stop: "Stop", recipe: Recipe, prepared: Path, out: Path) -> None:
+    """`train`, unless it is asked to stop before."""
     training = Training.of(recipe)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     torch.set_float32_matmul_precision("high" if training.tf32 else "highest")
@@ -148,7 +153,14 @@ class Stop:
 
     def __init__(self) -> None:
         self.signalled, self.parent = False, os.getppid()
-        signal.signal(signal.SIGTERM, self.signal)
+
+    def __enter__(self) -> "Stop":
+        self.before = signal.signal(signal.SIGTERM, self.signal)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        # Whoever inherited this one, as a pool's processes do, would never end at a SIGTERM.
+        signal.signal(signal.SIGTERM, self.before)
 
     def signal(self, *_: Any) -> None:
         self.signalled = True

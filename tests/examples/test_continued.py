@@ -1,6 +1,7 @@
 """Continued training: its starts are what they are called, runs begin at them, and like is compared with like."""
 
 import json
+import signal
 import sys
 from itertools import islice
 from pathlib import Path
@@ -80,7 +81,9 @@ def recipe(tmp_path, made):
 def test_a_run_begins_at_its_start_and_says_what_it_was(tmp_path, recipe, made):
     prepare.prepare(recipe, tmp_path / "prepared")
     (tmp_path / "out").mkdir()
+    handler = signal.getsignal(signal.SIGTERM)
     plain.train(recipe, tmp_path / "prepared", tmp_path / "out")
+    assert signal.getsignal(signal.SIGTERM) == handler
     first, *points, last = map(json.loads, (tmp_path / "out/log.jsonl").read_text().splitlines())
     assert first["recipe"]["start"] == "m1-k8"  # no folder of this machine
     assert [point["step"] for point in points] == [0, 2, 4]
