@@ -54,7 +54,7 @@ def _keep_tokens(source: Path, folder: Path, vocabulary: int) -> None:
     name = type(before).__name__
     named = [
         {**known, "tokenizer_class": other, "model_input_names": before.model_input_names}
-        for other in (AS_THE_FILE, name)
+        for other in dict.fromkeys((AS_THE_FILE, AS_THE_FILE if name == NEWEST else name))
     ]
     every_version_knows = known.get("tokenizer_class") not in (None, NEWEST)
     for content in (known, *named) if every_version_knows else (*named, known):

@@ -31,10 +31,7 @@ HEAD += ["NSAR: before, after", "gates after: mean, spread"]
 class Continued:
     """A training, from its start (step 0)."""
 
-    size: str
-    model: str
     rate: float
-    seed: int
     parameters: int
     points: list[dict[str, Any]]
     end: dict[str, Any]
@@ -61,7 +58,7 @@ def read_continued(logs: Path) -> dict[str, Models]:
             if seed in sizes[size][model][rate]:
                 raise SystemExit(f"{path} has {line['name']}, as another file has.")
             end = {name: line.get(name) for name in ("nsar", "gate_mean", "gate_std")}
-            sizes[size][model][rate][seed] = Continued(size, model, rate, seed, line["parameters"], points, end)
+            sizes[size][model][rate][seed] = Continued(rate, line["parameters"], points, end)
     return sizes
 
 
@@ -105,15 +102,13 @@ def row_of(runs: dict[int, Continued], dense: dict[int, Continued]) -> list[str]
     cells.append(f"{statistics.mean(run.loss('held_out', 0) for run in some):.3f}")
     for text in TEXTS:
         cells += [f"{statistics.mean(run.loss(text) for run in some):.3f}", over(runs, dense, text)]
-    before, after = (statistics.mean(found["nsar"][TAU] for found in places(some, when)) for when in (0, -1))
+    before, after = (
+        statistics.mean(found["nsar"][TAU] for found in when)
+        for when in ([run.points[0] for run in some], [run.end for run in some])
+    )
     gates = [[run.end[f"gate_{what}"] for run in some] for what in ("mean", "std")]
     alive = ", ".join(f"{statistics.mean(found):.2f}" for found in gates if None not in found)
     return [*cells, f"{before:.3f}, {after:.3f}", alive]
-
-
-def places(some: list[Continued], when: int) -> list[dict[str, Any]]:
-    """What inspection has found before the training (0) or after it."""
-    return [run.points[0] if when == 0 else run.end for run in some]
 
 
 def over(runs: dict[int, Continued], dense: dict[int, Continued], text: str) -> str:

@@ -13,7 +13,6 @@ What is there is not made again. examples/gpu_grid.py trains all of them with ex
 """
 
 import argparse
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import torch
 from finedeep import FinedeepForCausalLM
 from finedeep.convert import convert_checkpoint
 from finedeep.convert.heal import heal
+from prepare import made_whole
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 EXACT = {"num_experts_per_sublayer": 8, "dtype": "float32"}
@@ -84,11 +84,9 @@ def widen(dense: Path, grown: Path, out: Path) -> None:
 
 def save(model: torch.nn.Module, dense: Path, out: Path) -> None:
     """The model and the dense model's tokenizer."""
-    scratch = out.with_name(f".{out.name}.new")
-    shutil.rmtree(scratch, ignore_errors=True)
-    model.save_pretrained(scratch)
-    AutoTokenizer.from_pretrained(dense).save_pretrained(scratch)
-    scratch.rename(out)
+    with made_whole(out) as scratch:
+        model.save_pretrained(scratch)
+        AutoTokenizer.from_pretrained(dense).save_pretrained(scratch)
 
 
 if __name__ == "__main__":
