@@ -11,9 +11,10 @@ On a CPU the kernels run in Triton's interpreter (`TRITON_INTERPRET=1`), which i
 """
 
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,6 +28,17 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MAX_WIDTH = 16384  # numbers that one program holds of a row
 MAX_TILE = 32768  # numbers that one program holds in all
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Kernels(NamedTuple):
+    """The functions that one kind of device has; the first says whether the others can take some tensors."""
+
+    runs_on: Callable[[list[torch.Tensor]], bool]
+    weigh: Callable[..., tuple]
+    weigh_backward: Callable[..., tuple]
+    norm: Callable[..., torch.Tensor]
+    norm_backward: Callable[..., tuple]
+
 
 if triton is not None:
 
@@ -231,3 +243,6 @@ def norm_backward(x: torch.Tensor, w: torch.Tensor, dn: torch.Tensor, eps: float
     with _on(x):
         _norm_backward[(programs,)](x, w, dn, dx, dw, rows, d, eps, BT, BD, num_warps=warps)
     return dx, dw.sum(0).to(w.dtype)
+
+
+TRITON = Kernels(runs_on, weigh, weigh_backward, norm, norm_backward)

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -42,12 +43,14 @@ from transformers.processing_utils import Unpack
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from .configuration_finedeep import ROUTING_FUNCTIONS, FinedeepConfig
-from .kernels_finedeep import runs_on  # noqa: F401  # trf-ignore: TRF035  (transformers 5.0 copies what is named here)
+from .cpu_kernels_finedeep import CPU  # noqa: F401  # trf-ignore: TRF035  (transformers 5.0 copies what is named here)
+from .kernels_finedeep import TRITON  # noqa: F401  # trf-ignore: TRF035
 from .operators_finedeep import (
+    cache_in,
     combined_by_kernel,
     dot,
     expert_outputs,
-    gains_by_one_pass,
+    is_eager,
     kept,
     prefers_definition,
     rms_norm,
@@ -61,7 +64,7 @@ class FinedeepRMSNorm(LlamaRMSNorm):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Args: hidden_states (batch, seq, hidden). Returns the same shape."""
-        if not gains_by_one_pass(hidden_states):
+        if not is_eager(hidden_states):
             return super().forward(hidden_states=hidden_states)
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
@@ -103,11 +106,12 @@ class FinedeepSublayer(nn.Module):
         sandwich = config.sublayer_output_norm
         self.output_norm = FinedeepOutputNorm(config.hidden_size, config.rms_norm_eps) if sandwich else nn.Identity()
 
-    def forward(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, h: torch.Tensor, cache: Cache | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Args: h (batch, seq, hidden). Returns sum_k g_k * E_k, of the same shape, and the gates g (batch, seq, K)."""
         n = self.norm(h)
         G, U = self.gate_proj(n), self.up_proj(n)
-        combined, g = self.definition(G, U, n) if prefers_definition(self, G) else self.one_product(G, U, n)
+        few = prefers_definition(self, G, cache)
+        combined, g = self.definition(G, U, n) if few else self.one_product(G, U, n, cache)
         return self.output_norm(combined), g
 
     def definition(self, G: torch.Tensor, U: torch.Tensor, n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,9 +125,11 @@ class FinedeepSublayer(nn.Module):
         g = self.gate(dot(E if self.routing_input == "expert_output" else n.unsqueeze(-2), self.router))
         return (g.unsqueeze(-1) * E).sum(-2).to(E.dtype), g
 
-    def one_product(self, G: torch.Tensor, U: torch.Tensor, n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def one_product(
+        self, G: torch.Tensor, U: torch.Tensor, n: torch.Tensor, cache: Cache | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The same function without any E_k: one product with W_down, of activations that are weighted already."""
-        v, s = score_source(self, G, U, n)
+        v, s = score_source(self, G, U, n, cache)
         y, g = weighted_activations(G, U, v, s, self.act_fn, *self.routing)
         combined = self.down_proj(y)
         if self.expert_bias is not None:
@@ -191,11 +197,11 @@ class FinedeepDecoderLayer(LlamaDecoderLayer):
         if not self.use_rope:
             cos, sin = position_embeddings
             position_embeddings = (torch.ones_like(cos), torch.zeros_like(sin))
-        h, gates, r = hidden_states, [], self.residual_multiplier
+        h, gates, r, cache = hidden_states, [], self.residual_multiplier, cache_in(kwargs)
         n = self.input_layernorm(h)
         h = torch.add(h, self.self_attn(hidden_states=n, position_embeddings=position_embeddings, **kwargs)[0], alpha=r)
         for sublayer in self.sublayers:
-            combined, g = sublayer(h)
+            combined, g = sublayer(h, cache)
             h = torch.add(h, combined, alpha=r)
             gates.append(g)
         if output_router_logits is None:

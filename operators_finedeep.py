@@ -15,22 +15,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.cache_utils import DynamicCache
 
-from .kernels_finedeep import (
-    INTERPRETED,
-    MAX_TILE,
-    MAX_WIDTH,
-    combine,
-    norm,
-    norm_backward,
-    runs_on,
-    weigh,
-    weigh_backward,
-)
+from .cpu_kernels_finedeep import CPU
+from .kernels_finedeep import INTERPRETED, MAX_TILE, MAX_WIDTH, TRITON, Kernels, combine
 
-# Which form lies between the matrix products: "plain" (PyTorch) everywhere; "triton" wherever the kernels run, so in
-# their interpreter on a CPU too; by default Triton's on a GPU. For debugging.
+# What lies between the matrix products: "plain", PyTorch as the equations are written, everywhere; "triton", Triton's
+# kernels in their interpreter on a CPU too; by default Triton's kernels on a GPU, our own on a CPU. For debugging.
 FORCED = os.environ.get("FINEDEEP_KERNELS")
+VECTORS = weakref.WeakKeyDictionary()  # of each cache of keys and values: of each `down_proj`, its score vectors
 NO_ROWS_OF_ZEROS = weakref.WeakSet()  # layers with DoRA that have been looked at
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
 
@@ -45,18 +38,19 @@ class Kernel(NamedTuple):
     backward: Callable[..., tuple]
 
 
-def run(plain: Callable[..., Any], kernel: Kernel | None, *inputs: torch.Tensor | None) -> Any:
-    """plain(*inputs), by the kernel where it is given and can take them. Backward keeps the inputs and nothing else.
+def run(plain: Callable[..., Any], kernel: Callable[[Kernels], Kernel] | None, *inputs: torch.Tensor | None) -> Any:
+    """plain(*inputs), by kernels where there are some that can take them. Backward keeps the inputs and nothing else.
 
     Compilers choose for themselves what to fuse and to keep, and tracers and forward-mode derivatives need plain
     operators. In eager mode a kernel of our own was weighed against this region under `torch.compile` on an H100: that
     took longer at every call, for its guards, and seconds at the first.
     """
     given = [x for x in inputs if x is not None]
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(given[0], torch.Tensor):
+    if not is_eager(given[0]):
         return plain(*inputs)
-    if kernel is not None and not takes_kernel(given):
-        kernel = None
+    if kernel is not None:
+        kernels = kernels_for(given)
+        kernel = None if kernels is None else kernel(kernels)
     if not torch.is_grad_enabled():
         return plain(*inputs) if kernel is None else kernel.forward(*inputs)
     if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in given):
@@ -68,21 +62,17 @@ def run(plain: Callable[..., Any], kernel: Kernel | None, *inputs: torch.Tensor 
     return Recomputed.apply(plain, kernel, *inputs)
 
 
-def gains_by_one_pass(x: torch.Tensor) -> bool:
-    """Whether a norm is to be fused or to keep less: on a CPU, without a gradient, Llama's operators cost less.
-
-    Nor is it where `x` is not a tensor but an engine's `fx.Proxy`.
-    """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(x, torch.Tensor):
-        return False
-    return torch.is_grad_enabled() or x.is_cuda or FORCED == "triton"
+def is_eager(x: torch.Tensor) -> bool:
+    """Whether PyTorch computes as it goes: no compiler or tracer is at work, and `x` is not an engine's `fx.Proxy`."""
+    return isinstance(x, torch.Tensor) and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
-def takes_kernel(given: list[torch.Tensor]) -> bool:
-    """Whether the Triton kernels are to take these tensors."""
-    if FORCED == "plain" or not (given[0].is_cuda or (FORCED == "triton" and INTERPRETED)):
-        return False
-    return runs_on(given)
+def kernels_for(given: list[torch.Tensor]) -> Kernels | None:
+    """Those that take these tensors, or None."""
+    if FORCED == "plain":
+        return None
+    kernels = TRITON if given[0].is_cuda or (FORCED == "triton" and INTERPRETED) else CPU
+    return kernels if kernels.runs_on(given) else None
 
 
 class Recomputed(torch.autograd.Function):
@@ -144,10 +134,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
         return weight * nn.functional.rms_norm(exact, exact.shape[-1:], eps=eps).to(x.dtype)
 
-    kernel = None
-    if weight.dtype == x.dtype and x.shape[-1] <= MAX_WIDTH:
-        kernel = Kernel(lambda x, w: norm(x, w, eps), lambda x, w, d_n: norm_backward(x, w, d_n, eps))
-    return run(plain, kernel, x, weight)
+    def kernel(kernels: Kernels) -> Kernel:
+        return Kernel(lambda x, w: kernels.norm(x, w, eps), lambda x, w, d_n: kernels.norm_backward(x, w, d_n, eps))
+
+    fits = weight.dtype == x.dtype and x.shape[-1] <= MAX_WIDTH
+    return run(plain, kernel if fits else None, x, weight)
 
 
 def weighted_activations(
@@ -165,15 +156,16 @@ def weighted_activations(
         g = c * gates(scores)
         return (g.to(a.dtype).unsqueeze(-1) * a).flatten(-2), g
 
+    def kernel(kernels: Kernels) -> Kernel:
+        return Kernel(
+            lambda G, U, v, s: kernels.weigh(G, U, v, c),
+            lambda G, U, v, s, d_y, d_g: (*kernels.weigh_backward(G, U, v, d_y, d_g, c), None),
+        )
+
     if is_watched(act):  # who hooks the activation meets it once, with its gradient
         return plain(G, U, v, s)
-    kernel = None
-    if s is None and gates is torch.sigmoid and isinstance(act, SILU) and v.shape[-1] <= MAX_WIDTH:
-        kernel = Kernel(
-            lambda G, U, v, s: weigh(G, U, v, c),
-            lambda G, U, v, s, d_y, d_g: (*weigh_backward(G, U, v, d_y, d_g, c), None),
-        )
-    return run(plain, kernel, G, U, v, s)
+    fits = s is None and gates is torch.sigmoid and isinstance(act, SILU) and v.shape[-1] <= MAX_WIDTH
+    return run(plain, kernel if fits else None, G, U, v, s)
 
 
 def combined_by_kernel(E: torch.Tensor, router: torch.Tensor, gates: Any, c: float) -> tuple | None:
@@ -181,7 +173,8 @@ def combined_by_kernel(E: torch.Tensor, router: torch.Tensor, gates: Any, c: flo
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or gates is not torch.sigmoid:
         return None
     tile = math.prod(1 << (size - 1).bit_length() for size in E.shape[-2:])
-    return combine(E, router, c) if tile <= MAX_TILE and takes_kernel([E, router]) else None
+    fits = tile <= MAX_TILE and kernels_for([E, router]) is TRITON
+    return combine(E, router, c) if fits else None
 
 
 # 2. and 3. Scores from `down_proj`. One rule:
@@ -235,7 +228,13 @@ def expert_outputs(linear: nn.Module, a: torch.Tensor) -> torch.Tensor:
     return E.transpose(0, 1).view(*a.shape[:-1], W.shape[-1])
 
 
-def scores_of(linear: nn.Module, router: torch.Tensor, a: Callable[[], torch.Tensor], like: torch.Tensor) -> tuple:
+def scores_of(
+    linear: nn.Module,
+    router: torch.Tensor,
+    a: Callable[[], torch.Tensor],
+    like: torch.Tensor,
+    cache: DynamicCache | None,
+) -> tuple:
     """What the scores s_k = <w_k, L_k a_k> of `linear`'s linear part L are read from.
 
     Args: router (K, hidden); a, which gives the activations (batch, seq, K, e); like (batch, seq, K * e), for shape,
@@ -243,7 +242,9 @@ def scores_of(linear: nn.Module, router: torch.Tensor, a: Callable[[], torch.Ten
     """
     K = router.shape[0]
     if is_readable(linear, like):
-        return score_vectors(linear.weight, router), None
+        return (
+            kept_vectors(cache, linear, router) if keeps_vectors(cache, like) else score_vectors(linear.weight, router)
+        ), None
     refuse_engines_adapters(linear)
     refuse_rows_of_zeros(linear)
     if differs_by_token(linear):
@@ -288,6 +289,32 @@ def score_vectors(W: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
     return torch.bmm(router.unsqueeze(1), W).squeeze(1)
 
 
+def cache_in(arguments: dict[str, Any]) -> DynamicCache | None:
+    """The cache of keys and values, whatever it is called in the version of transformers that runs."""
+    return next((value for value in arguments.values() if type(value) is DynamicCache), None)
+
+
+def keeps_vectors(cache: DynamicCache | None, like: torch.Tensor) -> bool:
+    """Whether score vectors are to be kept with a cache of keys and values: in eager generation.
+
+    Of a static cache they are not, which outlives a generation and what is done to the weights after it.
+    """
+    return cache is not None and not torch.is_grad_enabled() and is_eager(like)
+
+
+def kept_vectors(cache: DynamicCache, linear: nn.Linear, router: torch.Tensor) -> torch.Tensor:
+    """v_k = W_k' w_k, computed once for a cache, as long as nothing writes to the weights. Returns (K, e)."""
+    W, vectors = linear.weight, VECTORS.setdefault(cache, weakref.WeakKeyDictionary())
+    if W.is_inference() or router.is_inference():  # whose changes are not counted
+        return score_vectors(W, router)
+    now = (W.data_ptr(), W._version, router.data_ptr(), router._version)
+    then, v = vectors.get(linear, (None, None))
+    if then != now:
+        v = score_vectors(W, router)
+        vectors[linear] = now, v
+    return v
+
+
 def pull_back(linear: nn.Module, rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
     """`rows` L, as autograd knows it, or None if it does not. Args: rows (K, out), x (K, in). Returns (K, in)."""
     if torch.compiler.is_compiling():
@@ -328,13 +355,15 @@ def local_part(x: torch.Tensor) -> torch.Tensor:
     return x.to_local() if hasattr(x, "to_local") else x
 
 
-def prefers_definition(sublayer: nn.Module, G: torch.Tensor) -> bool:
+def prefers_definition(sublayer: nn.Module, G: torch.Tensor, cache: DynamicCache | None) -> bool:
     """Whether K outputs a token cost less than the score vectors. Args: G (batch, seq, K * e).
 
-    Never in a graph that is exported, which has one form for every number of tokens.
+    Never where the vectors are kept, nor in a graph that is exported, which has one form for every number of tokens.
     """
     linear, experts = sublayer.down_proj, sublayer.num_experts
     if sublayer.routing_input == "hidden_state" or is_exporting() or G.shape[-1] != experts * sublayer.expert_width:
+        return False
+    if keeps_vectors(cache, G):
         return False
     # torch multiplies batches of matrices slowly in bfloat16 on a CPU (measured).
     few = sublayer.definition_max_tokens
@@ -344,14 +373,16 @@ def prefers_definition(sublayer: nn.Module, G: torch.Tensor) -> bool:
     )
 
 
-def score_source(sublayer: nn.Module, G: torch.Tensor, U: torch.Tensor, n: torch.Tensor) -> tuple:
+def score_source(
+    sublayer: nn.Module, G: torch.Tensor, U: torch.Tensor, n: torch.Tensor, cache: DynamicCache | None
+) -> tuple:
     """What the scores are read from: v (K, e), or None; and what they have besides <v_k, a_k>, or None.
 
-    Args: G and U (batch, seq, K * e); n (batch, seq, hidden).
+    Args: G and U (batch, seq, K * e); n (batch, seq, hidden); cache, of keys and values, or None.
     """
     router, linear, e, width = sublayer.router, sublayer.down_proj, sublayer.expert_width, G.shape[-1]
     if width == sublayer.num_experts * e and sublayer.routing_input == "expert_output" and sublayer.expert_bias is None:
-        return scores_of(linear, router, lambda: (sublayer.act_fn(G) * U).unflatten(-1, (-1, e)), G)
+        return scores_of(linear, router, lambda: (sublayer.act_fn(G) * U).unflatten(-1, (-1, e)), G, cache)
     router, experts = local_part(router), width // e
     if width % e:
         raise NotImplementedError(
@@ -366,7 +397,7 @@ def score_source(sublayer: nn.Module, G: torch.Tensor, U: torch.Tensor, n: torch
     if sublayer.routing_input == "hidden_state":
         return None, scores_of_hidden_state(n, router)
     if experts == sublayer.num_experts:
-        v, s = scores_of(linear, router, lambda: (sublayer.act_fn(G) * U).unflatten(-1, (experts, e)), G)
+        v, s = scores_of(linear, router, lambda: (sublayer.act_fn(G) * U).unflatten(-1, (experts, e)), G, cache)
     elif type(linear) is nn.Linear:
         v, s = score_vectors(local_part(linear.weight), router), None
     else:

@@ -180,7 +180,7 @@ class Grid:
         self.preparing: dict[Path, subprocess.Popen] = {}
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.stop)
-        share = str(max(1, (os.cpu_count() or 1) // processes))
+        share = str(max(1, cores() // processes))
         self.environment = {**os.environ, "OMP_NUM_THREADS": share, "TORCHINDUCTOR_COMPILE_THREADS": share}
 
     def stop(self, *_: Any) -> None:
@@ -256,6 +256,11 @@ class Grid:
         scratch = self.out.with_name(f".{self.out.name}.new")
         scratch.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         scratch.replace(self.out)
+
+
+def cores() -> int:
+    """How many this process may use: of a shared machine's, some."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def end_of(folder: Path) -> str:
