@@ -126,7 +126,7 @@ class FinedeepSublayer(nn.Module):
         return (g.unsqueeze(-1) * E).sum(-2).to(E.dtype), g
 
     def one_product(
-        self, G: torch.Tensor, U: torch.Tensor, n: torch.Tensor, cache: Cache | None
+        self, G: torch.Tensor, U: torch.Tensor, n: torch.Tensor, cache: Cache | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The same function without any E_k: one product with W_down, of activations that are weighted already."""
         v, s = score_source(self, G, U, n, cache)

@@ -202,7 +202,7 @@ def is_readable(linear: nn.Module, like: torch.Tensor) -> bool:
 
 def is_watched(linear: nn.Module) -> bool:
     """Whether something wants to see, or to do, what `linear` does; a hook that only moves tensors does not."""
-    hook = getattr(linear, "_hf_hook", None)
+    hook = linear.__dict__.get("_hf_hook")  # getattr is slow where there is none
     moves = hook is not None and not getattr(hook, "offload", True)
     return bool(linear._forward_hooks or linear._forward_pre_hooks or ("forward" in linear.__dict__ and not moves))
 
@@ -242,9 +242,8 @@ def scores_of(
     """
     K = router.shape[0]
     if is_readable(linear, like):
-        return (
-            kept_vectors(cache, linear, router) if keeps_vectors(cache, like) else score_vectors(linear.weight, router)
-        ), None
+        kept = keeps_vectors(cache, like)
+        return kept_vectors(cache, linear, router) if kept else score_vectors(linear.weight, router), None
     refuse_engines_adapters(linear)
     refuse_rows_of_zeros(linear)
     if differs_by_token(linear):
@@ -304,9 +303,11 @@ def keeps_vectors(cache: DynamicCache | None, like: torch.Tensor) -> bool:
 
 def kept_vectors(cache: DynamicCache, linear: nn.Linear, router: torch.Tensor) -> torch.Tensor:
     """v_k = W_k' w_k, computed once for a cache, as long as nothing writes to the weights. Returns (K, e)."""
-    W, vectors = linear.weight, VECTORS.setdefault(cache, weakref.WeakKeyDictionary())
+    W, vectors = linear.weight, VECTORS.get(cache)
     if W.is_inference() or router.is_inference():  # whose changes are not counted
         return score_vectors(W, router)
+    if vectors is None:
+        vectors = VECTORS[cache] = weakref.WeakKeyDictionary()
     now = (W.data_ptr(), W._version, router.data_ptr(), router._version)
     then, v = vectors.get(linear, (None, None))
     if then != now:

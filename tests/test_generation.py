@@ -1,9 +1,13 @@
 """Generation: with M = 1 a Finedeep model writes what its dense Llama writes, by every strategy."""
 
+import copy
+import gc
+
 import pytest
 import torch
 from conftest import CACHE, TINY
 from finedeep import FinedeepConfig, FinedeepForCausalLM
+from finedeep import operators_finedeep as operators
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 SHAPE = {**TINY, "intermediate_size": 48, "tie_word_embeddings": False}
@@ -115,3 +119,73 @@ def test_compiled_generation_with_a_static_cache(prompts):
     torch._dynamo.reset()
     model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
     assert torch.equal(written(model, ids, mask, cache_implementation="static"), expected)
+
+
+@pytest.fixture
+def alive():
+    """A model with live gates, and what is called to make score vectors."""
+    config = FinedeepConfig(**SHAPE, num_expert_sublayers=2, num_experts_per_sublayer=4)
+    return randomised(FinedeepForCausalLM(config))
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The weights of which score vectors were made, a call each."""
+    calls, original = [], operators.score_vectors
+    monkeypatch.setattr(operators, "score_vectors", lambda W, w: calls.append(W) or original(W, w))
+    return calls
+
+
+def test_score_vectors_are_made_once_for_a_generation(alive, prompts, made):
+    """Or W_down would be read twice for each token; and they go with the cache that they were made for."""
+    ids, mask = prompts
+    before = len(operators.VECTORS)
+    found = written(alive, ids[:1], mask[:1])
+    assert len(made) == alive.config.num_hidden_layers * 2
+    gc.collect()
+    assert len(operators.VECTORS) == before
+    made.clear()
+    assert torch.equal(found, written(alive, ids[:1], mask[:1], use_cache=False))
+    assert torch.equal(found, written(alive, ids[:1], mask[:1], cache_implementation="static"))
+
+
+@pytest.mark.parametrize("way", ["optimiser", "assignment", "router", "load_state_dict"])
+def test_score_vectors_follow_weights_that_change_under_a_cache(alive, prompts, way):
+    """The gates of a further token are those that the definition gives with the weights as they are then."""
+    ids, sublayer = prompts[0][:1], alive.model.layers[0].sublayers[0]
+    with torch.no_grad():
+        cache = alive(ids, use_cache=True)[CACHE]
+        h = torch.randn(1, 1, SHAPE["hidden_size"])
+        sublayer(h, cache)
+    if way == "optimiser":
+        sublayer(h)[0].sum().backward()
+        torch.optim.SGD(sublayer.parameters(), lr=1.0).step()
+    elif way == "assignment":
+        sublayer.down_proj.weight = torch.nn.Parameter(torch.randn_like(sublayer.down_proj.weight))
+    elif way == "router":
+        torch.nn.init.normal_(sublayer.router)
+    else:
+        sublayer.load_state_dict({name: tensor * 2 for name, tensor in sublayer.state_dict().items()})
+    with torch.no_grad():
+        (found, gates), (expected, wanted) = sublayer(h, cache), sublayer(h)
+    torch.testing.assert_close(gates, wanted)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["static cache", "gradients", "inference tensors"])
+def test_score_vectors_are_not_kept_where_they_could_be_stale(alive, prompts, made, case):
+    ids, layers = prompts[0][:1], alive.config.num_hidden_layers * 2
+    if case == "static cache":
+        generate = {"cache_implementation": "static", "disable_compile": True}
+        written(alive, torch.randint(0, 200, (1, 45)), torch.ones(1, 45), **generate)
+        assert len(made) == layers  # of the prompt; further tokens go by the definition
+    elif case == "gradients":
+        cache = alive(ids, use_cache=True)[CACHE]
+        alive(torch.randint(0, 200, (1, 45)), **{CACHE: cache})
+        assert len(made) == 2 * layers
+    else:
+        with torch.inference_mode():
+            model = copy.deepcopy(alive)
+            cache = model(ids, use_cache=True)[CACHE]
+            model(ids[:, :1], **{CACHE: cache})
+        assert len(made) == 2 * layers

@@ -1,7 +1,8 @@
-"""The Triton kernels, in their interpreter where there is no GPU, against the plain forms in float64 and float32."""
+"""Kernels against the plain forms in float64 and float32: Triton's, in its interpreter without a GPU, and the CPU's."""
 
 import importlib.util
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -10,17 +11,28 @@ from finedeep import kernels_finedeep as kernels
 from finedeep import operators_finedeep as operators
 from torch import nn
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed here")
-
+TRITON = importlib.util.find_spec("triton") is not None
+BY_TRITON = pytest.param("triton", marks=pytest.mark.skipif(not TRITON, reason="Triton is not installed here"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Widths that fill a block and that do not; one expert; more tokens than a program takes at once
 SIZES = [(1, 1, 8), (5, 3, 6), (37, 4, 43), (300, 2, 64)]  # tokens, K, e
 DTYPES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
-@pytest.fixture(autouse=True)
-def _by_kernel(monkeypatch):
-    monkeypatch.setattr(operators, "FORCED", "triton")
+@pytest.fixture(autouse=True, params=[BY_TRITON, "cpu"])
+def kind(request, monkeypatch):
+    if request.param == "cpu" and DEVICE == "cuda":
+        pytest.skip("of a machine without a GPU")
+    if request.param == "triton":
+        monkeypatch.setattr(operators, "FORCED", "triton")
+    return request.param
+
+
+def watch(monkeypatch, kind, do):
+    """Have the kernels of a kind call `do(name, original, *inputs)` instead."""
+    table = getattr(operators, kind.upper())
+    functions = {name: partial(do, name, getattr(table, name)) for name in table._fields if name != "runs_on"}
+    monkeypatch.setattr(operators, kind.upper(), table._replace(**functions))
 
 
 def plainly(monkeypatch, function, *inputs):
@@ -76,6 +88,7 @@ def test_norms_and_their_gradients(rows, d, dtype, monkeypatch):
         assert_near(one, other, DTYPES[dtype])
 
 
+@pytest.mark.parametrize("kind", [BY_TRITON], indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "K", "d"), [(1, 8, 64), (5, 3, 40)])
 def test_expert_outputs_are_combined(tokens, K, d, dtype):
@@ -87,29 +100,27 @@ def test_expert_outputs_are_combined(tokens, K, d, dtype):
     assert_near(found, (exact.unsqueeze(-1) * E.double()).sum(0), DTYPES[dtype])
 
 
-def test_a_gate_of_one_gives_the_dense_models_numbers_to_the_bit():
+def test_a_gate_of_one_gives_the_dense_models_numbers_to_the_bit(kind):
     """So that a freshly converted model with M = 1 computes what the dense one computes, in bfloat16 too."""
     torch.manual_seed(0)
     # Triton's interpreter does not round to the nearest bfloat16 but towards zero.
-    for dtype in DTYPES if DEVICE == "cuda" else (torch.float32, torch.float16):
+    for dtype in {"triton": DTYPES if DEVICE == "cuda" else (torch.float32, torch.float16), "cpu": (torch.float32,)}[
+        kind
+    ]:
         G, U = random(1, 50, 64, dtype=dtype).detach(), random(1, 50, 64, dtype=dtype).detach()
-        y, g = kernels.weigh(G, U, torch.zeros(4, 16, dtype=dtype, device=DEVICE), 2.0)
+        y, g = getattr(operators, kind.upper()).weigh(G, U, torch.zeros(4, 16, dtype=dtype, device=DEVICE), 2.0)
         assert g.eq(1).all()
         dense = nn.functional.silu(G) * U
         assert (y != dense).float().mean() < (1e-3 if dtype != torch.float32 else 0.3)
         torch.testing.assert_close(y, dense, rtol=2 * torch.finfo(dtype).eps, atol=0)
 
 
-def test_a_model_trains_by_the_kernels_as_it_does_without(monkeypatch):
+def test_a_model_trains_by_the_kernels_as_it_does_without(kind, monkeypatch):
     """Losses and all gradients, of a derivative's derivative too; the kernels are seen to run."""
     model = random_model().to(DEVICE).train()
     ids = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     calls = []
-    for name in ("weigh", "weigh_backward", "norm", "norm_backward"):
-        original = getattr(kernels, name)
-        monkeypatch.setattr(
-            operators, name, lambda *a, original=original, name=name: calls.append(name) or original(*a)
-        )
+    watch(monkeypatch, kind, lambda name, original, *inputs: calls.append(name) or original(*inputs))
 
     def gradients():
         model.zero_grad()
@@ -124,12 +135,14 @@ def test_a_model_trains_by_the_kernels_as_it_does_without(monkeypatch):
         torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-4 * other.abs().max().item())
 
 
-def test_few_tokens_go_through_one_kernel(monkeypatch):
+@pytest.mark.parametrize("kind", [BY_TRITON], indirect=True)
+def test_few_tokens_go_through_one_kernel(kind, monkeypatch):
     model, ids, calls = random_model().to(DEVICE), torch.arange(3)[None].to(DEVICE), []
     original = kernels.combine
     monkeypatch.setattr(operators, "combine", lambda *a: calls.append(1) or original(*a))
     with torch.no_grad():
-        found, expected = model(ids).logits, plainly(monkeypatch, model, ids).logits
+        run = partial(model, ids, use_cache=False)
+        found, expected = run().logits, plainly(monkeypatch, run).logits
     assert len(calls) == model.config.num_hidden_layers * model.config.num_expert_sublayers
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -148,8 +161,8 @@ def test_derivatives_of_derivatives_go_through_the_plain_form(monkeypatch):
 
 
 @pytest.mark.parametrize("case", ["softmax", "no SiLU", "wide", "plain by switch", "functional transform"])
-def test_what_no_kernel_can_take_goes_the_plain_way(case, monkeypatch):
-    monkeypatch.setattr(operators, "weigh", lambda *_: pytest.fail("the kernel was called"))
+def test_what_no_kernel_can_take_goes_the_plain_way(case, kind, monkeypatch):
+    watch(monkeypatch, kind, lambda *_: pytest.fail("the kernel was called"))
     G, U, v = random(1, 4, 12).detach(), random(1, 4, 12).detach(), random(3, 4).detach()
     gates, act = torch.sigmoid, nn.SiLU()
     if case == "softmax":
