@@ -10,21 +10,20 @@ With d the hidden size and e the expert width, one decoder layer computes
         g_k  = c * sigmoid(<w[m,k], E_k>)
         h    <- h + r * sum_k g_k * E_k
 
-(r is 1 but for models converted from a family that scales its residuals.) Everything else is inherited: from Llama, and
-from Qwen3 what it adds to Llama's attention, norms of queries and keys and sliding windows.
+(r is 1 but where a dense family scales its residuals.) Everything else is inherited: from Llama, and from Qwen3 what it
+adds to Llama's attention, norms of queries and keys and sliding windows.
 
-This file is what a Finedeep model is; `operators_finedeep.py` has faster forms of the same function. Both travel with
-every checkpoint and meet next year's transformers there: name only the arguments and output fields that are used here,
-hand all others on by keyword, and leave inherited `forward`s alone, whose source engines and tracers read.
+`operators_finedeep.py` has faster forms of the same function. Both files travel with every checkpoint and meet next
+year's transformers there: they name only the arguments and output fields that they use, hand all others on by keyword,
+and leave inherited `forward`s alone, whose source engines and tracers read.
 """
 
-import inspect
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import AutoModel
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -35,44 +34,27 @@ from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
     LlamaForCausalLM,
     LlamaPreTrainedModel,
-    LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3Model
-from transformers.processing_utils import Unpack
-from transformers.utils.generic import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 from .configuration_finedeep import ROUTING_FUNCTIONS, FinedeepConfig
 from .cpu_kernels_finedeep import CPU  # noqa: F401  # trf-ignore: TRF035  (transformers 5.0 copies what is named here)
 from .kernels_finedeep import TRITON  # noqa: F401  # trf-ignore: TRF035
 from .operators_finedeep import (
+    FinedeepOutputNorm,
+    FinedeepRMSNorm,
     cache_in,
     combined_by_kernel,
     dot,
     expert_outputs,
-    is_eager,
     kept,
     prefers_definition,
-    rms_norm,
+    scale_embeddings,
     score_source,
     weighted_activations,
 )
-
-
-class FinedeepRMSNorm(LlamaRMSNorm):
-    """Llama's RMSNorm in one pass, which keeps only its input for backward: there are M for each of Llama's."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Args: hidden_states (batch, seq, hidden). Returns the same shape."""
-        if not is_eager(hidden_states):
-            return super().forward(hidden_states=hidden_states)
-        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
-
-
-class FinedeepOutputNorm(FinedeepRMSNorm):
-    """The sandwich norm on a sub-layer's output. It starts small, so that M sub-layers do not swamp the residual."""
-
-    initial_weight = 0.1
 
 
 class FinedeepSublayer(nn.Module):
@@ -93,28 +75,27 @@ class FinedeepSublayer(nn.Module):
         self.routing_input = config.routing_input
         self.routing_function = config.routing_function
         self.routed_scaling_factor = config.routed_scaling_factor
-        width = self.num_experts * self.expert_width
+        width, per_expert = self.num_experts * self.expert_width, (self.num_experts, config.hidden_size)
         self.norm = FinedeepRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gate_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
         self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
-        per_expert = (self.num_experts, config.hidden_size)
         self.router = nn.Parameter(torch.empty(per_expert))
         # CODEPATH: Llama checkpoints with mlp_bias have output biases; the released Llama 1 to 3 do not.
         self.expert_bias = nn.Parameter(torch.empty(per_expert)) if config.mlp_bias else None
         sandwich = config.sublayer_output_norm
         self.output_norm = FinedeepOutputNorm(config.hidden_size, config.rms_norm_eps) if sandwich else nn.Identity()
 
-    def forward(self, h: torch.Tensor, cache: Cache | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Args: h (batch, seq, hidden). Returns sum_k g_k * E_k, of the same shape, and the gates g (batch, seq, K)."""
+    def forward(self, h: Tensor, cache: Any = None) -> tuple[Tensor, Tensor]:
+        """Args: h (batch, seq, hidden); cache, of keys and values. Returns sum_k g_k * E_k, and g (batch, seq, K)."""
         n = self.norm(h)
         G, U = self.gate_proj(n), self.up_proj(n)
         few = prefers_definition(self, G, cache)
         combined, g = self.definition(G, U, n) if few else self.one_product(G, U, n, cache)
         return self.output_norm(combined), g
 
-    def definition(self, G: torch.Tensor, U: torch.Tensor, n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def definition(self, G: Tensor, U: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
         """K outputs, K scores, their weighted sum. Args: G and U (batch, seq, K * e), n (batch, seq, hidden)."""
         a = (self.act_fn(G) * U).unflatten(-1, (self.num_experts, self.expert_width))
         E = expert_outputs(self.down_proj, a)
@@ -125,9 +106,7 @@ class FinedeepSublayer(nn.Module):
         g = self.gate(dot(E if self.routing_input == "expert_output" else n.unsqueeze(-2), self.router))
         return (g.unsqueeze(-1) * E).sum(-2).to(E.dtype), g
 
-    def one_product(
-        self, G: torch.Tensor, U: torch.Tensor, n: torch.Tensor, cache: Cache | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def one_product(self, G: Tensor, U: Tensor, n: Tensor, cache: Any = None) -> tuple[Tensor, Tensor]:
         """The same function without any E_k: one product with W_down, of activations that are weighted already."""
         v, s = score_source(self, G, U, n, cache)
         y, g = weighted_activations(G, U, v, s, self.act_fn, *self.routing)
@@ -141,7 +120,7 @@ class FinedeepSublayer(nn.Module):
         """What makes gates of scores, and c."""
         return ROUTING_FUNCTIONS[self.routing_function].gates, self.routed_scaling_factor
 
-    def gate(self, s: torch.Tensor) -> torch.Tensor:
+    def gate(self, s: Tensor) -> Tensor:
         """The gates g of scores s, both (batch, seq, K), in float32 at least."""
         gates, c = self.routing
         return c * gates(s)
@@ -166,7 +145,7 @@ class FinedeepAttention(Qwen3Attention):
 class FinedeepStackGates(nn.Module):
     """Stacks a layer's gates to (batch, seq, M, K), a module only so that transformers can record what it returns."""
 
-    def forward(self, gates: list[torch.Tensor]) -> torch.Tensor:
+    def forward(self, gates: list[Tensor]) -> Tensor:
         return torch.stack(gates, dim=-2)
 
 
@@ -187,16 +166,15 @@ class FinedeepDecoderLayer(LlamaDecoderLayer):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
         output_router_logits: bool | None = None,
         **kwargs: Any,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Args: hidden_states (batch, seq, hidden); whatever attention takes passes through. Returns the same shape."""
         # CODEPATH: every fourth layer of SmolLM3 has no RoPE. A rotation by nothing is exact.
         if not self.use_rope:
-            cos, sin = position_embeddings
-            position_embeddings = (torch.ones_like(cos), torch.zeros_like(sin))
+            position_embeddings = torch.ones_like(position_embeddings[0]), torch.zeros_like(position_embeddings[1])
         h, gates, r, cache = hidden_states, [], self.residual_multiplier, cache_in(kwargs)
         n = self.input_layernorm(h)
         h = torch.add(h, self.self_attn(hidden_states=n, position_embeddings=position_embeddings, **kwargs)[0], alpha=r)
@@ -234,20 +212,6 @@ class FinedeepPreTrainedModel(LlamaPreTrainedModel):  # trf-ignore: TRF057
             nn.init.constant_(module.weight, module.initial_weight)
 
 
-def scale_embeddings(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Embeddings times the config's `embedding_multiplier`, whoever made them, on their way into `model.forward`.
-
-    A hook, and not a `forward` around the inherited one, whose source engines and tracers read.
-    """
-    given = dict(zip(inspect.signature(type(model).forward).parameters, (model, *args), strict=False)) | kwargs
-    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-    if (ids is None) == (embeds is None):
-        return args, kwargs  # the model says what is wrong
-    embeds = model.embed_tokens(ids) if embeds is None else embeds
-    del given["self"]
-    return (), given | {"input_ids": None, "inputs_embeds": embeds * model.config.embedding_multiplier}
-
-
 class FinedeepModel(FinedeepPreTrainedModel, Qwen3Model):  # trf-ignore: TRF057
     """The decoder without a head; its `forward` is Qwen3's."""
 
@@ -281,30 +245,28 @@ class FinedeepForCausalLM(FinedeepPreTrainedModel, LlamaForCausalLM):  # trf-ign
     def forward(  # trf-ignore: TRF057
         self,
         input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Unpack[TransformersKwargs],
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
         r"""Llama's forward, which also hands on the gates.
 
-        Args are those of `LlamaForCausalLM`, and `output_router_logits`: whether to return `router_logits`, for each
-        layer the gates g of shape (batch, seq, M, K), in float32 at least. By default as the config says. There is no
-        balancing loss to go with them.
+        Args as `LlamaForCausalLM`'s, and `output_router_logits`, by default the config's: whether to return, for each
+        layer, the gates g (batch, seq, M, K) as `router_logits`, in float32 at least. No balancing loss goes with them.
         """
+        as_configured = self.config.output_router_logits
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_router_logits=self.config.output_router_logits
-            if output_router_logits is None
-            else output_router_logits,
+            output_router_logits=as_configured if output_router_logits is None else output_router_logits,
             **kwargs,
         )
         logits = self.lm_head(kept(outputs.last_hidden_state, logits_to_keep))
@@ -321,49 +283,17 @@ class FinedeepForCausalLM(FinedeepPreTrainedModel, LlamaForCausalLM):  # trf-ign
         return output
 
 
-# The generic heads build their decoder with AutoModel.from_config, which cannot name remote code. Their constructors
-# are therefore stepped over, and only their `forward` is inherited.
+# The generic heads build their decoder by AutoModel, which knows this file's own classes where code travels, too.
+AutoModel.register(FinedeepConfig, FinedeepModel, exist_ok=True)
 
 
 class FinedeepForSequenceClassification(GenericForSequenceClassification, FinedeepPreTrainedModel):
     """The decoder with a linear score on the last token that is not padding."""
 
-    def __init__(self, config: FinedeepConfig):
-        super(GenericForSequenceClassification, self).__init__(config)
-        self.num_labels = config.num_labels
-        self.model = FinedeepModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
-        self.post_init()
-
 
 class FinedeepForTokenClassification(GenericForTokenClassification, FinedeepPreTrainedModel):
     """The decoder with a linear score on every token."""
 
-    def __init__(self, config: FinedeepConfig):
-        super(GenericForTokenClassification, self).__init__(config)
-        self.num_labels = config.num_labels
-        self.model = FinedeepModel(config)
-        dropout = getattr(config, "classifier_dropout", None)
-        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
-
 
 class FinedeepForQuestionAnswering(GenericForQuestionAnswering, FinedeepPreTrainedModel):
     """The decoder with start and end scores on every token."""
-
-    def __init__(self, config: FinedeepConfig):
-        super(GenericForQuestionAnswering, self).__init__(config)
-        self.model = FinedeepModel(config)
-        self.qa_outputs = nn.Linear(config.hidden_size, 2)
-        self.post_init()
-
-
-__all__ = [
-    "FinedeepForCausalLM",
-    "FinedeepForQuestionAnswering",
-    "FinedeepForSequenceClassification",
-    "FinedeepForTokenClassification",
-    "FinedeepModel",
-    "FinedeepPreTrainedModel",
-]

@@ -6,6 +6,7 @@
 3. What W_down is, whatever has been put around or in the place of `down_proj`.
 """
 
+import inspect
 import math
 import os
 import weakref
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .cpu_kernels_finedeep import CPU
 from .kernels_finedeep import INTERPRETED, MAX_TILE, MAX_WIDTH, TRITON, Kernels, combine
@@ -139,6 +141,22 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
     fits = weight.dtype == x.dtype and x.shape[-1] <= MAX_WIDTH
     return run(plain, kernel if fits else None, x, weight)
+
+
+class FinedeepRMSNorm(LlamaRMSNorm):
+    """Llama's RMSNorm in one pass, which keeps only its input for backward: there are M for each of Llama's."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Args: hidden_states (batch, seq, hidden). Returns the same shape."""
+        if not is_eager(hidden_states):
+            return super().forward(hidden_states=hidden_states)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+class FinedeepOutputNorm(FinedeepRMSNorm):
+    """The sandwich norm on a sub-layer's output. It starts small, so that M sub-layers do not swamp the residual."""
+
+    initial_weight = 0.1
 
 
 def weighted_activations(
@@ -417,6 +435,20 @@ def scores_of_hidden_state(n: torch.Tensor, router: torch.Tensor) -> torch.Tenso
     exact = torch.promote_types(n.dtype, torch.float32)
     with torch.autocast("cpu" if n.device.type == "meta" else n.device.type, enabled=False):
         return nn.functional.linear(n.to(exact), router.to(exact))
+
+
+def scale_embeddings(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Embeddings times the config's `embedding_multiplier`, whoever made them, on their way into `model.forward`.
+
+    A hook, and not a `forward` around the inherited one, whose source engines and tracers read.
+    """
+    given = dict(zip(inspect.signature(type(model).forward).parameters, (model, *args), strict=False)) | kwargs
+    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    if (ids is None) == (embeds is None):
+        return args, kwargs  # the model says what is wrong
+    embeds = model.embed_tokens(ids) if embeds is None else embeds
+    del given["self"]
+    return (), given | {"input_ids": None, "inputs_embeds": embeds * model.config.embedding_multiplier}
 
 
 def kept(h: torch.Tensor, positions: int | torch.Tensor) -> torch.Tensor:
