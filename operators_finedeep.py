@@ -11,7 +11,7 @@ import math
 import os
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,35 +33,26 @@ SILU = (nn.SiLU, type(ACT2FN["silu"]))
 # 1. Between the matrix products
 
 
-class Kernel(NamedTuple):
-    """A fused form: `forward` of the inputs, `backward` of the inputs and the gradients of what forward returned."""
+def run(plain: Callable[..., Any], work: str | None, number: float, *inputs: torch.Tensor | None) -> Any:
+    """plain(*inputs), by the kernels of this name and `number` where some can take the inputs.
 
-    forward: Callable[..., Any]
-    backward: Callable[..., tuple]
-
-
-def run(plain: Callable[..., Any], kernel: Callable[[Kernels], Kernel] | None, *inputs: torch.Tensor | None) -> Any:
-    """plain(*inputs), by kernels where there are some that can take them. Backward keeps the inputs and nothing else.
-
-    Compilers choose for themselves what to fuse and to keep, and tracers and forward-mode derivatives need plain
-    operators. In eager mode a kernel of our own was weighed against this region under `torch.compile` on an H100: that
-    took longer at every call, for its guards, and seconds at the first.
+    Backward keeps the inputs and nothing else. Compilers choose for themselves what to fuse and to keep, and tracers
+    and forward-mode derivatives need plain operators. In eager mode a kernel of our own was weighed against this region
+    under `torch.compile` on an H100: that took longer at every call, for its guards, and seconds at the first.
     """
     given = [x for x in inputs if x is not None]
     if not is_eager(given[0]):
         return plain(*inputs)
-    if kernel is not None:
-        kernels = kernels_for(given)
-        kernel = None if kernels is None else kernel(kernels)
+    kernels = kernels_for(given) if work else None
     if not torch.is_grad_enabled():
-        return plain(*inputs) if kernel is None else kernel.forward(*inputs)
+        return plain(*inputs) if kernels is None else getattr(kernels, work)(*given, number)
     if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in given):
         return plain(*inputs)
     try:
         given[0].data_ptr()
     except RuntimeError:  # a functional transform is at work
-        return RecomputedInTransforms.apply(plain, kernel, *inputs)
-    return Recomputed.apply(plain, kernel, *inputs)
+        return RecomputedInTransforms.apply(plain, None, work, number, *inputs)
+    return Recomputed.apply(plain, kernels, work, number, *inputs)
 
 
 def is_eager(x: torch.Tensor) -> bool:
@@ -81,14 +72,15 @@ class Recomputed(torch.autograd.Function):
     """A function of which backward keeps the inputs, and computes the rest again."""
 
     @staticmethod
-    def forward(ctx: Any, plain: Callable[..., Any], kernel: Kernel | None, *inputs: torch.Tensor | None) -> Any:
-        ctx.plain, ctx.kernel = plain, kernel
+    def forward(ctx: Any, plain: Callable, kernels: Kernels | None, work: str, number: float, *inputs: Any) -> Any:
+        ctx.plain, ctx.kernels, ctx.work, ctx.number = plain, kernels, work, number
         ctx.save_for_backward(*inputs)
-        return plain(*inputs) if kernel is None else kernel.forward(*inputs)
+        given = [x for x in inputs if x is not None]
+        return plain(*inputs) if kernels is None else getattr(kernels, work)(*given, number)
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: torch.Tensor) -> tuple:
-        inputs, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        inputs, needed = ctx.saved_tensors, ctx.needs_input_grad[4:]
         if torch.is_grad_enabled():  # for derivatives of derivatives
 
             def of_needed(*some: torch.Tensor) -> Any:
@@ -97,8 +89,10 @@ class Recomputed(torch.autograd.Function):
 
             pull_back = torch.func.vjp(of_needed, *(x for x, need in zip(inputs, needed, strict=True) if need))[1]
             found = iter(pull_back(d_outputs if len(d_outputs) > 1 else d_outputs[0]))
-        elif ctx.kernel is not None:
-            return None, None, *ctx.kernel.backward(*inputs, *d_outputs)
+        elif ctx.kernels is not None:
+            given = [x for x in inputs if x is not None]
+            found = getattr(ctx.kernels, f"{ctx.work}_backward")(*given, *d_outputs, ctx.number)
+            return None, None, None, None, *found, *[None] * (len(inputs) - len(given))  # what is not given comes last
         else:
             with torch.enable_grad():
                 inputs = [x if x is None else x.detach().requires_grad_(n) for x, n in zip(inputs, needed, strict=True)]
@@ -106,7 +100,7 @@ class Recomputed(torch.autograd.Function):
             found = iter(
                 torch.autograd.grad(outputs, [x for x in inputs if x is not None and x.requires_grad], d_outputs)
             )
-        return None, None, *(next(found) if need else None for need in needed)
+        return None, None, None, None, *(next(found) if need else None for need in needed)
 
 
 class RecomputedInTransforms(Recomputed):
@@ -115,12 +109,12 @@ class RecomputedInTransforms(Recomputed):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(plain: Callable[..., Any], kernel: Kernel | None, *inputs: torch.Tensor | None) -> Any:
+    def forward(plain: Callable, kernels: None, work: str, number: float, *inputs: torch.Tensor | None) -> Any:
         return plain(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-        ctx.plain, ctx.kernel, *tensors = inputs
+        ctx.plain, ctx.kernels, ctx.work, ctx.number, *tensors = inputs
         ctx.save_for_backward(*tensors)
 
 
@@ -136,11 +130,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
         return weight * nn.functional.rms_norm(exact, exact.shape[-1:], eps=eps).to(x.dtype)
 
-    def kernel(kernels: Kernels) -> Kernel:
-        return Kernel(lambda x, w: kernels.norm(x, w, eps), lambda x, w, d_n: kernels.norm_backward(x, w, d_n, eps))
-
     fits = weight.dtype == x.dtype and x.shape[-1] <= MAX_WIDTH
-    return run(plain, kernel if fits else None, x, weight)
+    return run(plain, "norm" if fits else None, eps, x, weight)
 
 
 class FinedeepRMSNorm(LlamaRMSNorm):
@@ -174,16 +165,10 @@ def weighted_activations(
         g = c * gates(scores)
         return (g.to(a.dtype).unsqueeze(-1) * a).flatten(-2), g
 
-    def kernel(kernels: Kernels) -> Kernel:
-        return Kernel(
-            lambda G, U, v, s: kernels.weigh(G, U, v, c),
-            lambda G, U, v, s, d_y, d_g: (*kernels.weigh_backward(G, U, v, d_y, d_g, c), None),
-        )
-
     if is_watched(act):  # who hooks the activation meets it once, with its gradient
         return plain(G, U, v, s)
     fits = s is None and gates is torch.sigmoid and isinstance(act, SILU) and v.shape[-1] <= MAX_WIDTH
-    return run(plain, kernel if fits else None, G, U, v, s)
+    return run(plain, "weigh" if fits else None, c, G, U, v, s)
 
 
 def combined_by_kernel(E: torch.Tensor, router: torch.Tensor, gates: Any, c: float) -> tuple | None:
