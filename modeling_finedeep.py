@@ -179,7 +179,7 @@ class FinedeepDecoderLayer(LlamaDecoderLayer):
         n = self.input_layernorm(h)
         h = torch.add(h, self.self_attn(hidden_states=n, position_embeddings=position_embeddings, **kwargs)[0], alpha=r)
         for sublayer in self.sublayers:
-            combined, g = sublayer(h, cache)
+            combined, g = sublayer(h, *cache)
             h = torch.add(h, combined, alpha=r)
             gates.append(g)
         if output_router_logits is None:

@@ -291,9 +291,9 @@ def score_vectors(W: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
     return torch.bmm(router.unsqueeze(1), W).squeeze(1)
 
 
-def cache_in(arguments: dict[str, Any]) -> DynamicCache | None:
-    """The cache of keys and values, whatever it is called in the version of transformers that runs."""
-    return next((value for value in arguments.values() if type(value) is DynamicCache), None)
+def cache_in(arguments: dict[str, Any]) -> list[DynamicCache]:
+    """The cache of keys and values, if there is one, whatever it is called in the version of transformers that runs."""
+    return [value for value in arguments.values() if type(value) is DynamicCache][:1]
 
 
 def keeps_vectors(cache: DynamicCache | None, like: torch.Tensor) -> bool:

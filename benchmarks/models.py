@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -58,7 +59,7 @@ class ExpertLoop(nn.Module):
                 self.ups[k].weight.copy_(sublayer.up_proj.weight[mine])
                 self.downs[k].weight.copy_(sublayer.down_proj.weight[:, mine])
 
-    def forward(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, h: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
         """As `FinedeepSublayer`: h (batch, seq, hidden) to the weighted sum, and the gates (batch, seq, K)."""
         n = self.norm(h)
         combined, gates = torch.zeros_like(h), []
