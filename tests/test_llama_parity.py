@@ -143,3 +143,12 @@ def test_classification_of_tokens_and_answers(prompts):  # noqa: F811
     same(
         (found.loss, found.start_logits, found.end_logits), (expected.loss, expected.start_logits, expected.end_logits)
     )
+
+
+@pytest.mark.parametrize(("tokens", "recorded"), [(1, False), (5, False), (45, False), (45, True)])
+def test_logits_are_the_dense_models_to_the_bit(pair, prompts, tokens, recorded):  # noqa: F811
+    """On a CPU in float32, by one product: what is computed in fewer passes is computed in Llama's order."""
+    ids = prompts[0][:1, :tokens]
+    with torch.set_grad_enabled(recorded):
+        expected, found = (model(ids).logits for model in pair)
+    assert torch.equal(found, expected)
