@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -283,17 +282,37 @@ class FinedeepForCausalLM(FinedeepPreTrainedModel, LlamaForCausalLM):  # trf-ign
         return output
 
 
-# The generic heads build their decoder by AutoModel, which knows this file's own classes where code travels, too.
-AutoModel.register(FinedeepConfig, FinedeepModel, exist_ok=True)
+# The generic heads build their decoder with AutoModel.from_config, which cannot name remote code: its classes are made
+# anew at each load. Their constructors are therefore stepped over, and only their `forward` is inherited.
 
 
 class FinedeepForSequenceClassification(GenericForSequenceClassification, FinedeepPreTrainedModel):
     """The decoder with a linear score on the last token that is not padding."""
 
+    def __init__(self, config: FinedeepConfig):
+        super(GenericForSequenceClassification, self).__init__(config)
+        self.model, self.num_labels = FinedeepModel(config), config.num_labels
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
 
 class FinedeepForTokenClassification(GenericForTokenClassification, FinedeepPreTrainedModel):
     """The decoder with a linear score on every token."""
 
+    def __init__(self, config: FinedeepConfig):
+        super(GenericForTokenClassification, self).__init__(config)
+        self.model, self.num_labels = FinedeepModel(config), config.num_labels
+        dropout = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
 
 class FinedeepForQuestionAnswering(GenericForQuestionAnswering, FinedeepPreTrainedModel):
     """The decoder with start and end scores on every token."""
+
+    def __init__(self, config: FinedeepConfig):
+        super(GenericForQuestionAnswering, self).__init__(config)
+        self.model = FinedeepModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()

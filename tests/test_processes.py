@@ -18,6 +18,7 @@ from finedeep.eval.compare.scores import scores_of
 from finedeep.eval.scoring.local_tasks import write_task
 from forked import run_script
 from lm_eval.models.huggingface import HFLM
+from transformers.dynamic_module_utils import get_cached_module_file
 
 SCRIPTS = pathlib.Path(__file__).parent / "processes"
 
@@ -29,6 +30,9 @@ def save_random(folder, **changes):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder)
+    # transformers copies a folder's code in place: of two processes that do so at once, one may read half a file
+    get_cached_module_file(str(folder), "modeling_finedeep.py")
+    get_cached_module_file(str(folder), "configuration_finedeep.py")
     return folder
 
 

@@ -128,7 +128,8 @@ def test_logits_of_old_and_new_code_are_compared(old, forked):
     done = refresh_code(old, trust_remote_code=True, dry_run=True)
     assert done.difference == 0
     code = (old / "modeling_finedeep.py").read_text()
-    (old / "modeling_finedeep.py").write_text(code + "\nFinedeepSublayer.forward = lambda self, h: (h, h[..., :1])\n")
+    other = "\nFinedeepSublayer.forward = lambda self, h, *_: (h, h[..., :1])\n"
+    (old / "modeling_finedeep.py").write_text(code + other)
     before = contents(old)
     with pytest.raises(ConversionError, match="gives other logits with the new code than with the old"):
         refresh_code(old, trust_remote_code=True)
