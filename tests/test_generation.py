@@ -149,7 +149,7 @@ def test_score_vectors_are_made_once_for_a_generation(alive, prompts, made):
     assert torch.equal(found, written(alive, ids[:1], mask[:1], cache_implementation="static"))
 
 
-@pytest.mark.parametrize("way", ["optimiser", "assignment", "router", "load_state_dict"])
+@pytest.mark.parametrize("way", ["optimiser", "assignment", "router", "down_proj", "load_state_dict"])
 def test_score_vectors_follow_weights_that_change_under_a_cache(alive, prompts, way):
     """The gates of a further token are those that the definition gives with the weights as they are then."""
     ids, sublayer = prompts[0][:1], alive.model.layers[0].sublayers[0]
@@ -164,6 +164,8 @@ def test_score_vectors_follow_weights_that_change_under_a_cache(alive, prompts, 
         sublayer.down_proj.weight = torch.nn.Parameter(torch.randn_like(sublayer.down_proj.weight))
     elif way == "router":
         torch.nn.init.normal_(sublayer.router)
+    elif way == "down_proj":
+        torch.nn.init.normal_(sublayer.down_proj.weight)
     else:
         sublayer.load_state_dict({name: tensor * 2 for name, tensor in sublayer.state_dict().items()})
     with torch.no_grad():
