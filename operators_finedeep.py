@@ -307,15 +307,16 @@ def keeps_vectors(cache: DynamicCache | None, like: torch.Tensor) -> bool:
 def kept_vectors(cache: DynamicCache, linear: nn.Linear, router: torch.Tensor) -> torch.Tensor:
     """v_k = W_k' w_k, computed once for a cache, as long as nothing writes to the weights. Returns (K, e)."""
     W, vectors = linear.weight, VECTORS.get(cache)
-    if W.is_inference() or router.is_inference():  # whose changes are not counted
+    try:
+        now = (W.data_ptr(), W._version, router.data_ptr(), router._version)
+    except RuntimeError:  # inference tensors count no changes, those of a functional transform have no memory
         return score_vectors(W, router)
     if vectors is None:
         vectors = VECTORS[cache] = weakref.WeakKeyDictionary()
-    now = (W.data_ptr(), W._version, router.data_ptr(), router._version)
-    then, v = vectors.get(linear, (None, None))
-    if then != now:
+    then, of_W, of_router, v = vectors.get(linear, (None,) * 4)
+    if then != now or of_W() is not W or of_router() is not router:  # another tensor may lie where one has been freed
         v = score_vectors(W, router)
-        vectors[linear] = now, v
+        vectors[linear] = now, weakref.ref(W), weakref.ref(router), v
     return v
 
 

@@ -8,7 +8,7 @@ import torch
 from conftest import CACHE, TINY
 from finedeep import FinedeepConfig, FinedeepForCausalLM
 from finedeep import operators_finedeep as operators
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 SHAPE = {**TINY, "intermediate_size": 48, "tie_word_embeddings": False}
 NEW = 12
@@ -149,10 +149,11 @@ def test_score_vectors_are_made_once_for_a_generation(alive, prompts, made):
     assert torch.equal(found, written(alive, ids[:1], mask[:1], cache_implementation="static"))
 
 
-@pytest.mark.parametrize("way", ["optimiser", "assignment", "router", "down_proj", "load_state_dict"])
+@pytest.mark.parametrize("way", ["optimiser", "assignment", "another", "router", "down_proj", "load_state_dict"])
 def test_score_vectors_follow_weights_that_change_under_a_cache(alive, prompts, way):
     """The gates of a further token are those that the definition gives with the weights as they are then."""
     ids, sublayer = prompts[0][:1], alive.model.layers[0].sublayers[0]
+    sublayer.down_proj.weight = torch.nn.Parameter(sublayer.down_proj.weight.data)  # nothing has written to it yet
     with torch.no_grad():
         cache = alive(ids, use_cache=True)[CACHE]
         h = torch.randn(1, 1, SHAPE["hidden_size"])
@@ -162,6 +163,11 @@ def test_score_vectors_follow_weights_that_change_under_a_cache(alive, prompts, 
         torch.optim.SGD(sublayer.parameters(), lr=1.0).step()
     elif way == "assignment":
         sublayer.down_proj.weight = torch.nn.Parameter(torch.randn_like(sublayer.down_proj.weight))
+    elif way == "another":  # at the address of the one before, whose version it has, too
+        address = sublayer.down_proj.weight.data_ptr()
+        sublayer.down_proj.weight = torch.nn.Parameter(sublayer.down_proj.weight.data)
+        sublayer.down_proj.weight.data.neg_()
+        assert sublayer.down_proj.weight.data_ptr() == address
     elif way == "router":
         torch.nn.init.normal_(sublayer.router)
     elif way == "down_proj":
@@ -191,3 +197,15 @@ def test_score_vectors_are_not_kept_where_they_could_be_stale(alive, prompts, ma
             cache = model(ids, use_cache=True)[CACHE]
             model(ids[:, :1], **{CACHE: cache})
         assert len(made) == 2 * layers
+
+
+def test_a_functional_transform_has_score_vectors_of_its_own(alive):
+    """As when an ensemble's weights are stacked: none of them may be kept for another."""
+    sublayer, cache, h = alive.model.layers[0].sublayers[0], DynamicCache(), torch.randn(1, 1, SHAPE["hidden_size"])
+    stacked = {name: torch.stack([p, p * 1.5]) for name, p in sublayer.state_dict().items()}
+    with torch.no_grad():
+        found = torch.func.vmap(lambda some: torch.func.functional_call(sublayer, some, (h, cache))[0])(stacked)
+        for i in range(2):
+            alone = {name: tensor[i] for name, tensor in stacked.items()}
+            expected = torch.func.functional_call(sublayer, alone, (h,))[0]
+            torch.testing.assert_close(found[i], expected, rtol=1e-4, atol=1e-4)
