@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from .kernels_finedeep import Kernels
+from .kernels_finedeep import Kernels, has_memory
 
 
 def runs_on(tensors: list[torch.Tensor]) -> bool:
@@ -18,14 +18,9 @@ def runs_on(tensors: list[torch.Tensor]) -> bool:
     x = tensors[0]
     if x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
         return False
-    for y in tensors:
-        if type(y) not in (torch.Tensor, torch.nn.Parameter) or y.dtype != x.dtype or not y.is_cpu:
-            return False
-        try:  # tensors of a functional transform or of a tracer have no memory
-            y.data_ptr()
-        except RuntimeError:
-            return False
-    return True
+    return all(
+        type(y) in (torch.Tensor, nn.Parameter) and y.dtype == x.dtype and y.is_cpu and has_memory(y) for y in tensors
+    )
 
 
 @lru_cache

@@ -139,6 +139,15 @@ if triton is not None:
         tl.store(dw + tl.program_id(0) * d + i, dw_sum, i < d)
 
 
+def has_memory(x: torch.Tensor) -> bool:
+    """Whether it is there itself: tensors of a functional transform or of a tracer stand for others."""
+    try:
+        x.data_ptr()
+    except RuntimeError:
+        return False
+    return True
+
+
 def runs_on(tensors: list[torch.Tensor]) -> bool:
     """Whether these kernels can take the tensors: real ones, of one device and of a known dtype, no zero of them."""
     if triton is None:
@@ -146,10 +155,7 @@ def runs_on(tensors: list[torch.Tensor]) -> bool:
     for x in tensors:
         if x.dtype not in DTYPES or type(x) not in (torch.Tensor, torch.nn.Parameter) or x.device != tensors[0].device:
             return False
-        try:  # tensors of a functional transform or of a tracer have no memory
-            if not x.data_ptr():
-                return False
-        except RuntimeError:
+        if not has_memory(x) or not x.data_ptr():
             return False
     return True
 

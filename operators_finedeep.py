@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .cpu_kernels_finedeep import CPU
-from .kernels_finedeep import INTERPRETED, MAX_TILE, MAX_WIDTH, TRITON, Kernels, combine
+from .kernels_finedeep import INTERPRETED, MAX_TILE, MAX_WIDTH, TRITON, Kernels, combine, has_memory
 
 # What lies between the matrix products: "plain", PyTorch as the equations are written, everywhere; "triton", Triton's
 # kernels in their interpreter on a CPU too; by default Triton's kernels on a GPU, our own on a CPU. For debugging.
@@ -48,11 +48,8 @@ def run(plain: Callable[..., Any], work: str | None, number: float, *inputs: tor
         return plain(*inputs) if kernels is None else getattr(kernels, work)(*given, number)
     if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in given):
         return plain(*inputs)
-    try:
-        given[0].data_ptr()
-    except RuntimeError:  # a functional transform is at work
-        return RecomputedInTransforms.apply(plain, None, work, number, *inputs)
-    return Recomputed.apply(plain, kernels, work, number, *inputs)
+    form = Recomputed if has_memory(given[0]) else RecomputedInTransforms  # where a functional transform is at work
+    return form.apply(plain, kernels, work, number, *inputs)
 
 
 def is_eager(x: torch.Tensor) -> bool:

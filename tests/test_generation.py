@@ -123,7 +123,7 @@ def test_compiled_generation_with_a_static_cache(prompts):
 
 @pytest.fixture
 def alive():
-    """A model with live gates, and what is called to make score vectors."""
+    """A model whose gates differ by token."""
     config = FinedeepConfig(**SHAPE, num_expert_sublayers=2, num_experts_per_sublayer=4)
     return randomised(FinedeepForCausalLM(config))
 
