@@ -83,10 +83,14 @@ def strangers(folder: Path, names: Names | Listed) -> Iterator[Path]:
 
 
 def remove_named(folder: Path, names: Names | Listed, but: Names | None = None) -> None:
-    """Remove the named files, but for some, then the folders of theirs that are empty. Nothing else is touched."""
+    """Remove the named files, but for some, then the folders of theirs that are empty. Nothing else is touched.
+
+    What a killed process was writing is removed even where its file is to stay.
+    """
     foreign = set(strangers(folder, names))
     for relative, path in entries(folder):
-        if path in foreign or (but is not None and but.has_file(relative)):
+        stays = but is not None and but.has_file(relative) and not is_scratch(path)
+        if path in foreign or stays:
             continue
         if not path.is_dir():
             path.unlink()

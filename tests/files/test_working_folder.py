@@ -254,6 +254,7 @@ def test_killed_at_any_step_of_beginning_or_finishing(tmp_path, monkeypatch, bef
 
             for name in steps:
                 patch.setattr(Path, name, step(name))
+            patch.setattr(os, "getpid", lambda: 1)  # the next run is another process
             with suppress(KilledError):
                 make(out, "new", overwrite=True, resume=before == "stopped")
         if out.exists():
