@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,12 +55,17 @@ SHARDS = "model-?????-of-?????.safetensors"  # as transformers names them
 
 @dataclass(frozen=True)
 class Healed:
-    """What healing did: losses on held-out windows, in nats per token, before and after."""
+    """What healing did: losses on held-out windows, in nats per token, before and after, and what was logged between.
+
+    `log` has what the Trainer logged at each `step`: parts of the training's loss, the held-out windows' under names
+    that begin with `eval_`, the learning rate.
+    """
 
     folder: Path
     tokens_seen: int
     before: Mapping[str, float]
     after: Mapping[str, float]
+    log: Sequence[Mapping[str, float]] = ()
 
 
 @takes_options(HealingOptions)
@@ -120,7 +125,7 @@ def heal(
                 f"training has diverged, the losses are {after}; a learning rate lower than {arguments.learning_rate} "
                 "is needed, and a new start (--overwrite): to resume would lead to the same."
             )
-        healed = Healed(work.destination, trainer.state.num_input_tokens_seen, before, after)
+        healed = Healed(work.destination, trainer.state.num_input_tokens_seen, before, after, trainer.state.log_history)
         _save(work.result, checkpoint, trainer, config, o, files, healed)
     return healed
 
@@ -387,6 +392,7 @@ def _write_companions(
         "teacher_sha256": {f.name: sha256(f) for f in sorted(teacher.glob("*.safetensors"))} if teacher else None,
         "tokens_seen": healed.tokens_seen,
         "held_out_nats_per_token": {"before": healed.before, "after": healed.after},
+        "log": healed.log,
         "versions": versions("accelerate"),
     }
     write_json(folder / HEALING, masked(receipt))

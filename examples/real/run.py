@@ -28,6 +28,7 @@ import torch
 import transformers
 from figures import WINDOW, answers, beside, finedeep, hidden_states, load, read, text_windows, weights
 from finedeep import __version__
+from finedeep.convert.heal.run import HEALING
 from finedeep.convert.receipt import RECEIPT
 from finedeep_files.whole_file import write_whole
 from safetensors.torch import load_file, save_file
@@ -44,6 +45,10 @@ MODELS = {
     "M=2 K=8, calibrated": ["--sublayers", "2", "--calibrate", "self"],
     "M=4 K=4, cut": ["--sublayers", "4", "--experts", "4"],
 }
+# A model that `finedeep heal` makes: of which, and how. The teacher's text is sampled, and no text of the measurements.
+HEALING_OPTIONS = "--tokens 163840 --batch-size 4 --steps 100 --learning-rate 2e-4"
+HELD_OUT = "--set eval_strategy=steps --set eval_steps=25"  # for the curve
+HEALED = {"M=2 K=8, healed": ("M=2 K=8, calibrated", f"{HEALING_OPTIONS} {HELD_OUT}".split())}
 DEFAULT = tuple(MODELS)[:4]
 
 
@@ -54,7 +59,7 @@ def main() -> None:
     option("cache", type=Path, help="a folder for the download, the models and what is done already")
     option("--text", type=named, action="append", default=[], metavar="NAME=FILE", help="to measure the loss on")
     option("--windows", type=int, default=16, metavar="N", help=f"of {WINDOW} tokens of each text (default: 16)")
-    option("--models", nargs="+", default=DEFAULT, choices=MODELS, help="default: all but M=4")
+    option("--models", nargs="+", default=DEFAULT, choices=[*MODELS, *HEALED], help="default: all but M=4 and healed")
     option("--questions", type=Path, metavar="DIR", help="benchmark questions, *.jsonl")
     option("--limit", type=int, metavar="N", help="only the first N questions of each benchmark")
     option("--convert", default="", metavar="ARGUMENTS", help="more arguments of the calibrating `finedeep convert`")
@@ -144,17 +149,22 @@ def machine() -> dict[str, Any]:
 
 
 def convert(run: Run, name: str) -> dict[str, Any]:
-    """Make the model. Keeps its receipt beside the results."""
-    folder, options = run.folder(name), list(MODELS[name])
-    if "--calibrate" in options:
-        options += run.arguments.convert.split()
-    taken = {}
+    """Make the model. Keeps its receipts beside the results."""
+    folder, taken = run.folder(name), {}
+    if name in HEALED:
+        origin, options = HEALED[name]
+        command, receipts = ["heal", run.folder(origin), folder, "--teacher", run.dense], [RECEIPT, HEALING]
+    else:
+        options = MODELS[name] + run.arguments.convert.split() * ("--calibrate" in MODELS[name])
+        command, receipts = ["convert", run.dense, folder], [RECEIPT]
     if not (folder / RECEIPT).exists():
         unfinished = folder.with_name(f".{folder.name}.unfinished").exists()
         again = ["--resume"] if unfinished else []
-        taken = finedeep(["convert", run.dense, folder, *options, *again], folder.with_suffix(".log"))
+        taken = finedeep([*command, *options, *again], folder.with_suffix(".log"))
     run.arguments.results.mkdir(parents=True, exist_ok=True)
-    shutil.copy(folder / RECEIPT, run.arguments.results / f"receipt-{folder.name}.json")
+    for receipt in receipts:
+        kind = "receipt" if receipt == RECEIPT else "healing"
+        shutil.copy(folder / receipt, run.arguments.results / f"{kind}-{folder.name}.json")
     return {"options": options, **taken, **weights(folder)}
 
 
@@ -211,8 +221,15 @@ def activations(run: Run, name: str) -> dict[str, Any] | None:
     }
 
 
+def healing(run: Run, name: str) -> list[dict[str, float]] | None:
+    """What healing logged on its way."""
+    path = run.folder(name) / HEALING
+    return read(path)["log"] if path.exists() else None
+
+
 STEPS: dict[str, Callable[[Run, str], Any]] = {
     "convert": convert,
+    "healing": healing,
     "losses": losses,
     "texts": texts,
     "activations": activations,

@@ -23,7 +23,7 @@ def losses(results: Results) -> Iterator[list[str]]:
         cut = results["models"].get("M=2 K=8, cut", {}).get("losses", {})
         for text, x in found.get("losses", {}).items():
             over, gap = x["loss"] - x["dense_loss"], ""
-            if "calibrated" in name and text in cut:
+            if name.endswith((", calibrated", ", healed")) and text in cut:
                 gap = f"{1 - over / (cut[text]['loss'] - cut[text]['dense_loss']):.1%}"
             yield [
                 name,
@@ -37,6 +37,15 @@ def losses(results: Results) -> Iterator[list[str]]:
                 f"{x['largest_logit_difference']:.2g} of {x['largest_logit']:.0f}",
                 f"{x['first_choice_differs']:.2%}",
             ]
+
+
+def healing(results: Results) -> Iterator[list[str]]:
+    """The teacher's text held out, as training went on."""
+    for name, found in results["models"].items():
+        for x in found.get("healing", []):
+            if "eval_divergence" in x:
+                seen = x.get("num_input_tokens_seen", 0)
+                yield [name, f"{x['step']}", f"{seen:,}", f"{x['eval_divergence']:.4f}", f"{x['eval_next_token']:.4f}"]
 
 
 def making(results: Results) -> Iterator[list[str]]:
@@ -89,6 +98,7 @@ TABLES = {
         "largest difference of logits, first choice differs".split(", "),
         losses,
     ),
+    "healing": (["model", "step", "tokens seen", "KL from dense, held out", "its next-token loss"], healing),
     "making": (["model", "options", "weights", "seconds", "peak memory", "threads of cores"], making),
     "texts": (["model", "equal answers", "dense, for example", "Finedeep"], texts),
     "activations": (["model", "text", "threshold", "NSAR dense", "NSAR Finedeep"], activations),

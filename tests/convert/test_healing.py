@@ -134,11 +134,16 @@ def test_hidden_states_of_another_shape(tmp_path, cut):
 def test_healing_brings_the_model_nearer(tmp_path, dense, cut, capsys):
     out = tmp_path / "healed"
     arguments = ["heal", str(cut), str(out), "--teacher", str(dense), "--context", "32", "--steps", "100"]
-    assert main([*arguments, "--tokens", "16384", "--learning-rate", "0.01"]) == 0
+    arguments += ["--tokens", "16384", "--learning-rate", "0.01"]
+    assert main([*arguments, "--set", "eval_strategy=steps", "--set", "eval_steps=50"]) == 0
     assert "KL from the teacher" in capsys.readouterr().out
     receipt = json.loads((out / HEALING).read_text())
     before, after = (receipt["held_out_nats_per_token"][when]["divergence"] for when in ("before", "after"))
     assert after < 0.7 * before
+    curve = {entry["step"]: entry["eval_divergence"] for entry in receipt["log"] if "eval_divergence" in entry}
+    assert list(curve) == [0, 50, 100]
+    assert (curve[0], curve[100]) == (before, after)
+    assert after < curve[50] < before
     assert receipt["tokens_seen"] == 100 * 16 * 32
     assert receipt["options"]["hidden_states"] == HIDDEN_STATES
     assert [path.name for path in tmp_path.iterdir()] == ["healed"]
