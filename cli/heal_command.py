@@ -9,7 +9,7 @@ layers of the same size, H times the relative distance of each layer's output fr
 that goes down to 0.
 
 All parameters are trained by AdamW in float32: some 16 bytes of memory for each, beside the teacher, activations and
-logits.
+logits. --adapter-rank trains LoRA instead, which is merged into the weights at the end: some 4 bytes for each.
 
 examples:
   finedeep heal ./llama-finedeep ./healed --teacher ./llama                       on text that the teacher makes up
@@ -17,6 +17,7 @@ examples:
   finedeep heal ./llama-finedeep ./healed --teacher ./llama --data ORG/DATASET --tokens 50000000
   finedeep heal ./llama-finedeep ./healed --data text.txt                         without a teacher: next-token loss
   finedeep heal ./llama-finedeep ./healed --teacher ./llama --set bf16=true --set gradient_accumulation_steps=4
+  finedeep heal ./llama-finedeep ./healed --teacher ./llama --adapter-rank 64     in a fraction of the memory
 """
 
 import argparse

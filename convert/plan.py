@@ -27,7 +27,7 @@ from .validation import check_layers, check_numbers, check_options, check_tensor
 Measure = Callable[[], torch.Tensor]
 MUCH_PADDING = 0.1  # of the FFN's width
 # Calibration's size where none is given. From fewer tokens least squares learns by heart, sub-layers being that wide;
-# more steps brought nothing beyond the spread over seeds (convert/README.md).
+# more steps brought nothing beyond the spread over seeds (docs/heal.md).
 LEAST_TOKENS, TOKENS_PER_NEURON, STEPS = 65_536, 64, 100
 CAST = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Fields of a dense config that belong to the folder it came from or to its classes, not to the model.

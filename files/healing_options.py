@@ -25,7 +25,17 @@ class HealingOptions:
     steps: int = option(1000, "of the optimiser (default: %(default)s)", metavar="N", least=1)
     batch_size: int = option(16, "sequences a device (default: %(default)s)", metavar="N", least=1)
     learning_rate: float | None = option(
-        None, "its peak (default: 0.064 / hidden size, which is 1e-3 for 64 and 1.6e-5 for 4096)", metavar="R"
+        None,
+        "its peak (default: 0.064 / hidden size, which is 1e-3 for 64 and 1.6e-5 for 4096; ten times that for an "
+        "adapter)",
+        metavar="R",
+    )
+    adapter_rank: int = option(
+        0,
+        "train LoRA of this rank on every linear layer and router, and merge it at the end, instead of all weights: a "
+        "fraction of the memory, and some of the gain (default: 0, all weights)",
+        metavar="N",
+        least=0,
     )
     divergence: float | None = option(
         None,

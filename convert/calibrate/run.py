@@ -94,10 +94,10 @@ class Calibration:
         text = "sampled from the dense model" if o.calibrate == SELF else f"of {Path(o.calibrate).name}"
         say(
             f"Calibrating on {o.calibration_tokens:,} tokens {text}: {self.plan.config.num_hidden_layers} layers, "
-            f"{o.calibration_steps} steps each; at least {in_words(seconds_for(self._flops(), self.device))}"
+            f"{o.calibration_steps} steps each; at least {in_words(seconds_for(self.operations(), self.device))}"
         )
 
-    def _flops(self) -> float:
+    def operations(self) -> float:
         """Floating-point operations of the whole, those in float64 counted twice."""
         o, c = self.plan.options, self.plan.config
         d, width, layers, tokens = c.hidden_size, c.intermediate_size, c.num_hidden_layers, o.calibration_tokens

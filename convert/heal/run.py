@@ -40,6 +40,7 @@ from ..calibrate.text import held_out
 from ..code_files import CODE_FILES, copy_code
 from ..receipt import NEURONS, RECEIPT, read_receipt, without_place
 from ..source import COMPANIONS, DenseCheckpoint, check_finedeep, copy_companion, open_checkpoint
+from .adapter import check_not_sharded, merged, with_adapter
 from .data import healing_windows
 from .options import OWN, check_options
 from .trainer import HealingTrainer, TimeLeft
@@ -49,6 +50,7 @@ HEALING = "finedeep_healing.json"
 HIDDEN_STATES = 10.0  # measured: docs/heal.md
 # Times 1 / width, as AdamW's best rate for hidden layers goes (Tensor Programs V, arXiv:2203.03466).
 RATE = 0.064
+OF_ADAPTERS = 10  # times the rate for all weights, as LoRA's best goes
 TRAINING, WINDOWS = "training", "windows.safetensors"
 SHARDS = "model-?????-of-?????.safetensors"  # as transformers names them
 
@@ -132,10 +134,11 @@ def heal(
 
 def _settled(o: HealingOptions, config: FinedeepConfig, teacher: PreTrainedModel | None) -> HealingOptions:
     """The options, with what the model and its teacher decide where nothing was said."""
+    rate = RATE / config.hidden_size * (OF_ADAPTERS if o.adapter_rank else 1)
     return dataclasses.replace(
         o,
         context=min(o.context, config.max_position_embeddings),
-        learning_rate=RATE / config.hidden_size if o.learning_rate is None else o.learning_rate,
+        learning_rate=rate if o.learning_rate is None else o.learning_rate,
         hidden_states=_hidden_states(o, config, teacher),
     )
 
@@ -151,16 +154,19 @@ def _trainer(
     """Args: windows and held_out (number, context) token ids."""
     # Checkpoints of the training have no use for the model's own, which some versions refuse to save as it is.
     student.generation_config = GenerationConfig()
-    return HealingTrainer(
+    trainer = HealingTrainer(
         teacher=teacher,
         divergence=o.divergence,
         hidden_states=o.hidden_states,
-        model=student,
+        model=with_adapter(student, o.adapter_rank, o.seed) if o.adapter_rank else student,
         args=arguments,
         # Without labels Trainer would take it that there is no loss to evaluate.
         train_dataset=[{"input_ids": window, "labels": window} for window in windows],
         eval_dataset=[{"input_ids": window, "labels": window} for window in held_out],
     )
+    if o.adapter_rank:
+        check_not_sharded(trainer)
+    return trainer
 
 
 def _contents(o: HealingOptions) -> Contents:
@@ -360,9 +366,13 @@ def _save(
     healed: Healed,
 ) -> None:
     """Write the healed model into a folder, each tensor in the dtype that it had."""
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    student = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    if o.adapter_rank:
+        student = merged(student)
+        state = student.state_dict()
+    else:
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
-        student = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}  # torch.compile's
         if config.tie_word_embeddings:
             state.pop("lm_head.weight", None)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from conftest import make_dense
@@ -152,6 +153,23 @@ def test_healing_brings_the_model_nearer(tmp_path, dense, cut, capsys):
     AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
 
 
+def test_an_adapter_is_trained_in_the_place_of_the_weights_and_merged(tmp_path, dense, cut):
+    out = tmp_path / "healed"
+    done = heal(cut, out, teacher=str(dense), **{**QUICK, "steps": 40}, adapter_rank=4)
+    assert done.after["divergence"] < 0.9 * done.before["divergence"]
+    assert {path.name for path in out.iterdir()} == {path.name for path in cut.iterdir()} | {HEALING}
+    before, after = (load_file(folder / "model.safetensors") for folder in (cut, out))
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if "_proj" in name or "router" in name}
+    for name in moved:
+        singular = numpy.linalg.svd((after[name] - before[name]).double().numpy(), compute_uv=False)
+        assert singular[4:].max(initial=0) < 1e-5 * singular[0]
+    # The losses in the receipt are those of the merged weights.
+    again = heal(out, tmp_path / "again", teacher=str(dense), **{**QUICK, "steps": 1}, adapter_rank=1)
+    assert again.before == pytest.approx(done.after, rel=1e-4)
+
+
 def test_help_agrees_with_the_options():
     parser = argparse.ArgumentParser()
     heal_command.add_arguments(parser)
@@ -223,8 +241,9 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def test_a_stopped_run_goes_on(tmp_path, dense, cut, monkeypatch):
-    options = {**QUICK, "teacher": str(dense), "training": {"save_steps": 3}}
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_stopped_run_goes_on(tmp_path, dense, cut, monkeypatch, rank):
+    options = {**QUICK, "teacher": str(dense), "training": {"save_steps": 3}, "adapter_rank": rank}
     with monkeypatch.context() as patch:
         train = HealingTrainer.train
         patch.setattr(HealingTrainer, "train", lambda self, **kw: (self.add_callback(Stop), train(self, **kw)))
@@ -299,6 +318,9 @@ def test_the_rate_goes_by_the_width(tmp_path, cut):
     heal(cut, tmp_path / "out", data=str(text_in(tmp_path)), **{**QUICK, "steps": 1})
     receipt = json.loads((tmp_path / "out" / HEALING).read_text())
     assert receipt["options"]["learning_rate"] == 0.064 / 32
+    heal(cut, tmp_path / "lora", data=str(text_in(tmp_path)), **{**QUICK, "steps": 1}, adapter_rank=2)
+    receipt = json.loads((tmp_path / "lora" / HEALING).read_text())
+    assert receipt["options"]["learning_rate"] == 0.64 / 32
 
 
 def test_what_has_become_worse_is_told_of(tmp_path, dense, cut, capsys):
@@ -362,8 +384,12 @@ ZERO3 = (
 
 
 @pytest.mark.slow  # two processes that import everything and train; tests/test_processes.py has faster ones
-@pytest.mark.parametrize("launcher", [TORCHRUN, FSDP2, ZERO3], ids=["ddp", "fsdp2", "zero3"])
-def test_two_processes(tmp_path, dense, cut, launcher):
+@pytest.mark.parametrize(
+    ("launcher", "rank"),
+    [(TORCHRUN, 0), (TORCHRUN, 4), (FSDP2, 0), (ZERO3, 0)],
+    ids=["ddp", "ddp adapter", "fsdp2", "zero3"],
+)
+def test_two_processes(tmp_path, dense, cut, launcher, rank):
     """By the launcher: each process samples its share and sees its half of every batch, and one folder is written."""
     if launcher is ZERO3:
         pytest.importorskip("deepspeed")
@@ -372,14 +398,15 @@ def test_two_processes(tmp_path, dense, cut, launcher):
     words += ["heal", str(cut), str(tmp_path / "two"), "--teacher", str(dense), "--batch-size", "2", "--quiet"]
     words += ["--tokens", str(data["tokens"]), "--context", str(data["context"]), "--steps", "6"]
     quicker = {"per_device_eval_batch_size": 64}  # the 256 windows held out are a multiple
-    words += ["--set", "per_device_eval_batch_size=64"]
+    words += ["--set", "per_device_eval_batch_size=64", "--adapter-rank", str(rank)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     receipt = json.loads((tmp_path / "two" / HEALING).read_text())
     assert receipt["tokens_seen"] == 6 * 2 * 2 * 8
     assert [path.name for path in tmp_path.iterdir()] == ["two"]
-    one = heal(cut, tmp_path / "one", teacher=str(dense), **{**QUICK, **data, "steps": 6}, training=quicker)
+    options = {**QUICK, **data, "steps": 6, "adapter_rank": rank}
+    one = heal(cut, tmp_path / "one", teacher=str(dense), **options, training=quicker)
     said = receipt["held_out_nats_per_token"]
     assert said["before"] == pytest.approx(one.before, rel=1e-5)
     assert said["after"] == pytest.approx(one.after, rel=1e-4)
@@ -388,6 +415,17 @@ def test_two_processes(tmp_path, dense, cut, launcher):
     for name, tensor in alone.items():
         moved = (tensor - before[name]).abs().max().item()
         torch.testing.assert_close(together[name], tensor, rtol=0, atol=0.05 * moved + 1e-6)
+
+
+@pytest.mark.slow
+def test_an_adapter_whose_weights_are_shared_out_is_refused(tmp_path, dense, cut):
+    words = [sys.executable, "-m", *FSDP2, "heal", str(cut), str(tmp_path / "out"), "--teacher", str(dense)]
+    words += ["--tokens", "2048", "--context", "8", "--steps", "2", "--adapter-rank", "4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode != 0
+    assert "adapter_rank goes with one process" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 # --- the data --------------------------------------------------------------------------------------------------------

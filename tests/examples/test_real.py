@@ -53,6 +53,25 @@ def test_another_file_under_the_name_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [wheel.name]
 
 
+def test_estimates_of_larger_models(monkeypatch):
+    """Memory by hand: 16 bytes a parameter and the teacher's two, or four and the adapter's sixteen."""
+    import estimates
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 1000}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    monkeypatch.setattr(estimates, "MODELS", {"tiny": sizes})
+    seen = []
+    monkeypatch.setattr(estimates, "row", lambda *given: seen.append(given))
+    list(estimates.rows())
+    (_, _, _, calibrating, *_), (_, _, _, whole, _, memory), (_, _, _, by_adapter, _, less) = seen
+    dense = 1000 * 64 + 2 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 128 + 2 * 64) + 64
+    assert memory == 18 * dense
+    ends = 2 * (2 * (64 + 64) + 2 * (64 + 32) + 2 * 3 * (64 + 64))  # in + out of each linear layer, two sub-layers
+    assert less == 6 * dense + 16 * 64 * ends
+    assert (whole, by_adapter) == (8 * dense * 20_000_000, 6 * dense * 20_000_000)
+    assert calibrating > 6 * dense * 65_536
+
+
 @pytest.mark.slow
 def test_a_run_measures_writes_the_page_and_does_nothing_twice(tmp_path, dense, monkeypatch, capsys):
     """On a tiny model in the real one's place."""
