@@ -78,7 +78,11 @@ def main() -> None:
     path = results.saved(arguments.output, kind_of(arguments))
     path.parent.mkdir(parents=True, exist_ok=True)
     if arguments.serving:
-        serving.measure_all(arguments, path.with_name(f"serving-{arguments.device}.json"))
+        path = path.with_name(f"serving-{arguments.device}.json")
+        content = serving.load(path) if arguments.render else serving.measure_all(arguments, path)
+        print(table := serving.table_of(content))
+        if arguments.document:
+            put_table(serving.MARK, table, arguments.document)
         return
     if not arguments.render:
         measure_all(arguments, path)
@@ -221,6 +225,11 @@ def arguments_of() -> argparse.Namespace:
     parser.add_argument("--render", action="store_true", help="measure nothing")
     parser.add_argument("--document", type=Path, help="the document that gets the tables")
     arguments = parser.parse_args()
+    if arguments.quick and (arguments.resume or arguments.render or arguments.document or arguments.only != GROUPS):
+        parser.error(
+            "--quick measures its own few cases, from the start, and renders nothing: give no other option of "
+            "what to measure or to render"
+        )
     if arguments.device == "cuda" and here == "cpu" and not arguments.render:
         parser.error("--device cuda: torch finds no GPU here")
     if not (arguments.quick or arguments.serving) and importlib.util.find_spec("matplotlib") is None:

@@ -26,7 +26,6 @@ from finedeep_files.progress import Progress
 from finedeep_files.whole_file import write_whole
 
 from ..configuration_finedeep import __version__
-from .documents import put_table
 from .models import SHAPES, build
 from .results import markdown
 
@@ -111,8 +110,15 @@ def table_of(content: dict[str, Any]) -> str:
     return markdown(["", "", "CPU seconds", "over dense", "wall, over dense"], rows, 2)
 
 
-def measure_all(arguments: argparse.Namespace, path: Path) -> None:
-    """Measure each mode, save after each. `arguments` are those of `python -m finedeep.benchmarks --serving`.
+def load(path: Path) -> dict[str, Any]:
+    """What was measured before. Raises `SystemExit` where nothing was."""
+    if not path.exists():
+        raise SystemExit(f"{path} is not there: nothing has been measured. Leave --render out.")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def measure_all(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """Measure each mode, save after each, return all. `arguments` are those of the command with `--serving`.
 
     Raises:
         SystemExit: vLLM is not installed, or an engine ends.
@@ -121,7 +127,8 @@ def measure_all(arguments: argparse.Namespace, path: Path) -> None:
         raise SystemExit("--serving needs vLLM beside this package; see docs/serving.md. make test-vllm installs it.")
     shape, dtype = WORK[arguments.device]
     content = {
-        "command": f"python -m finedeep.benchmarks --serving --device {arguments.device} --rounds {arguments.rounds}",
+        "command": f"python -m finedeep.benchmarks --serving --device {arguments.device} --rounds {arguments.rounds}"
+        + (f" --threads {arguments.threads}" if arguments.threads else ""),
         "work": {"prompts": PROMPTS, "prompt tokens": LENGTH, "generated": GENERATED, "shape": shape, "dtype": dtype},
         "machine": {
             "device": processor() if arguments.device == "cpu" else torch.cuda.get_device_name(),
@@ -138,8 +145,7 @@ def measure_all(arguments: argparse.Namespace, path: Path) -> None:
             content["seconds"][mode] = measure(Path(scratch), shape, dtype, arguments.device, mode, arguments.rounds)
         write_whole(path, json.dumps(content, indent=1) + "\n")
         print(path)
-    if arguments.document:
-        put_table(MARK, table_of(content), arguments.document)
+    return content
 
 
 def installed() -> dict[str, str]:

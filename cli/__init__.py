@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import json
 import logging
+import math
 import os
 import sys
 import warnings
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
             result = run(arguments)
         if as_json and result is not None:  # of several processes one has it
-            print(json.dumps(result, default=_in_json, indent=1))
+            print(json.dumps(_finite(json.loads(json.dumps(result, default=_in_json))), indent=1, allow_nan=False))
     except KeyboardInterrupt as interruption:
         print(". ".join(["finedeep: interrupted", *_notes(interruption)]), file=sys.stderr)
         return 130
@@ -86,6 +87,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _in_json(value: Any) -> Any:
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for infinite numbers and those that are none, which JSON cannot say."""
+    if isinstance(value, dict):
+        return {key: _finite(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _version() -> str:

@@ -18,8 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=positive_int, default=300, help="training steps (default: %(default)s)")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> dict[str, str]:
     """Run the demo and print its table."""
     from finedeep.demo import run_demo
 
-    run_demo(arguments.output, seed=arguments.seed, steps=arguments.steps)
+    table = run_demo(arguments.output, seed=arguments.seed, steps=arguments.steps)
+    return {"folder": arguments.output, "table": table}

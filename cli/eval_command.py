@@ -28,7 +28,6 @@ passages of 1,000 characters.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -89,22 +88,21 @@ def run(arguments: argparse.Namespace) -> Any:
     given = vars(arguments).copy()
     quiet, model, baseline = given.pop("quiet"), given.pop("model"), given.pop("baseline")
     given["model_args"] = dict(given["model_args"])
-    if quiet:
-        os.environ["TQDM_DISABLE"] = "1"  # before the libraries are imported that draw bars
-    else:
+    if not quiet:
         given["say"] = lambda line: print(line, file=sys.stderr, flush=True)
     from finedeep.eval.scoring.harness import require_harness
 
     require_harness()
     from finedeep.convert.code_files import advice
     from finedeep.eval.evaluation import score, study
+    from finedeep_files.loading_bars import without_bars
     from finedeep_files.processes import is_first_process
 
     if is_first_process() and (line := advice(model, given["model_args"].get("revision"))):
         print(line, file=sys.stderr, flush=True)
-    done = (
-        study(model, baseline, progress=not quiet, **given) if baseline else score(model, progress=not quiet, **given)
-    )
+    given["progress"] = not quiet
+    with without_bars(quiet):
+        done = study(model, baseline, **given) if baseline else score(model, **given)
     if done is None:
         return None
     print(done.markdown)

@@ -9,6 +9,7 @@ from pathlib import Path
 from finedeep_files.inputs import InputError
 
 # Of a task's definition, a YAML file that may be JSON too.
+SUFFIXES = (".yaml", ".yml", ".py", "")  # some of the harness's own have none
 NAMED = re.compile(r"""^\s*["']?(?:task|group|tag)["']?\s*:\s*["']?([\w.+-]+)""", re.MULTILINE)
 
 
@@ -40,7 +41,7 @@ def _definitions(include_path: str | None) -> Iterator[str]:
     folders += [place / "tasks" for place in _places_of("lm_eval")]
     for folder in folders:
         for path in folder.rglob("*"):
-            if path.suffix in (".yaml", ".yml", ".py"):
+            if path.suffix in SUFFIXES and path.is_file():
                 try:
                     yield path.read_text(encoding="utf-8", errors="replace")
                 except OSError:  # which is for the harness to tell of

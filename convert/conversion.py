@@ -198,6 +198,11 @@ def _assigned(plan: Plan, progress: bool) -> list[torch.Tensor]:
     def activities() -> list[torch.Tensor]:
         from .calibrate.neuron_statistics import mean_activity
 
+        if plan.options.text is None:
+            raise ConversionError(
+                f"assignment {plan.options.assignment!r} measures activity on a text; name one (--assignment-text, or "
+                "text=)."
+            )
         return mean_activity(plan.dense.folder, plan.dense_config, Path(plan.options.text), progress)
 
     def not_measured() -> torch.Tensor:

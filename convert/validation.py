@@ -12,7 +12,7 @@ from finedeep_files.sizes import parse_size
 from transformers import PretrainedConfig
 
 from ..configuration_finedeep import FinedeepConfig
-from .assignment import order_named
+from .assignment import FORMULAS, order_named
 from .source import DenseCheckpoint
 from .tensor_mapping import RECOMPUTED, some
 
@@ -59,6 +59,22 @@ def check_options(o: Options) -> None:
         raise ConversionError("assignment 'activity' measures on a text; name one (--assignment-text, or text=).")
     if o.assignment == "nonlinearity" and not o.calibrates:
         raise ConversionError("assignment 'nonlinearity' is measured in calibration; add --calibrate (calibrate=).")
+    if o.mode == "grow" and o.num_expert_sublayers == 1:
+        raise ConversionError(
+            "mode 'grow' adds sub-layers to the one of the dense FFN; ask for two or more (--sublayers 2, "
+            "num_expert_sublayers=2), or leave it out."
+        )
+    if o.calibrate is None and not (o.calibration_tokens is None and o.calibration_steps is None):
+        raise ConversionError(
+            "calibration_tokens and calibration_steps are for a calibration; add --calibrate (calibrate=) or leave "
+            "them out."
+        )
+    if o.text is not None and (o.calibrates or o.assignment in (*FORMULAS, "clusters")):
+        why = "calibration's own text is what is measured on" if o.calibrates else f"{o.assignment!r} measures nothing"
+        raise ConversionError(
+            f"a text for the assignment is given (--assignment-text, text=), and {why}; leave it out, or ask for "
+            "another assignment (--assignment activity)."
+        )
     check_seed(o.seed)
     parse_size(o.max_shard_size)
 

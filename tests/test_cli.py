@@ -113,6 +113,14 @@ def test_json_is_all_that_stdout_has(capsys, tmp_path, dense):
     assert json.loads(capsys.readouterr().out)["changes"] == {}
 
 
+def test_json_has_no_number_that_json_cannot_say(capsys, monkeypatch):
+    monkeypatch.setattr(
+        "finedeep_cli.refresh_command.run", lambda arguments: {"a": [float("inf"), 1.5], "b": {"c": float("nan")}}
+    )
+    assert main(["refresh", "anywhere", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"a": [None, 1.5], "b": {"c": None}}
+
+
 def test_what_a_cut_is_said_to_cost_was_measured():
     results = json.loads((Path(__file__).parents[1] / "examples/results/real.json").read_text())
     found = results["models"]["M=2 K=8, cut"]["losses"]["wikitext"]

@@ -65,6 +65,11 @@ def test_modes_are_saved_and_put_into_the_document(monkeypatch, tmp_path):
     assert saved["seconds"].keys() == {"compiled", "eager"}
     assert saved["versions"]["vllm"] == "0"
     assert serving.table_of(saved) in document.read_text()
+    document.write_text("<!-- serving-speed:begin -->\n<!-- serving-speed:end -->\n")
+    monkeypatch.setattr(serving, "measure_all", None)  # nothing is measured to render again
+    monkeypatch.setattr(sys, "argv", ["x", "--render", *map(str, words)])
+    command.main()
+    assert serving.table_of(saved) in document.read_text()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="is about machines without vLLM")

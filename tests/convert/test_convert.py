@@ -16,6 +16,7 @@ from conftest import TINY, make_dense
 from finedeep.convert import ConversionError, convert_checkpoint, export_checkpoint, plan
 from finedeep.convert.assignment import PADDING, deal
 from finedeep.convert.conversion import plan_conversion
+from finedeep_cli import main
 from forked import run_command
 from hub_server import running_hub
 from safetensors.torch import load_file, save_file
@@ -448,6 +449,25 @@ def test_destination_in_use(tmp_path, capsys, dense):
 def test_destination_is_a_file(tmp_path, capsys, dense):
     (tmp_path / "out").write_text("keep me")
     assert_refused(capsys, dense, tmp_path / "out", ["not a folder"])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--mode", "grow"], "ask for two or more (--sublayers 2"),
+        (["--sublayers", "2", "--calibration-tokens", "100"], "add --calibrate"),
+        (["--sublayers", "2", "--calibration-steps", "0"], "add --calibrate"),
+        (["--assignment-text", "TEXT"], "'contiguous' measures nothing"),
+        (["--assignment", "clusters", "--assignment-text", "TEXT"], "'clusters' measures nothing"),
+        (["--sublayers", "2", "--calibrate", "self", "--assignment-text", "TEXT"], "calibration's own text"),
+    ],
+)
+def test_options_that_would_do_nothing(tmp_path, capsys, dense, options, words):
+    (tmp_path / "text").write_text("A text.")
+    given = [str(tmp_path / "text") if word == "TEXT" else word for word in options]
+    assert main(["convert", str(dense), str(tmp_path / "out"), *given]) == 2
+    assert words in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
 
 
 @pytest.mark.parametrize("case", ["tokenizer config is not JSON", "tokenizer elsewhere"])

@@ -29,6 +29,7 @@ from finedeep.eval.scoring.harness import SUITE
 from finedeep.eval.scoring.model_identity import identity_of
 from finedeep.eval.scoring.tokenizer_check import check_same_tokenizer
 from finedeep_cli import main
+from finedeep_cli.task_names import check_tasks
 from forked import FORKS
 from hub_server import running_hub
 from transformers import AutoTokenizer, LlamaForCausalLM
@@ -63,7 +64,9 @@ def command(*words):
 
 def test_identical_functions_differ_by_nothing(capsys, dense, converted, questions):
     assert command(converted, "--baseline", dense, "--local", questions, "--quiet") == 0
-    printed = capsys.readouterr().out
+    printed, told = capsys.readouterr()
+    assert "it/s" not in told
+    assert "%|" not in told
     verdicts = re.findall(
         r"^local_\w+: (identical) \(\w+ \S+, identical on all \d+ questions\)$", printed, re.MULTILINE
     )
@@ -528,6 +531,10 @@ def one_index(monkeypatch, manager):
 def test_an_unknown_task_has_its_nearest_names(capsys, one_index, converted):
     assert command(converted, "--tasks", "arc_eazy") == 2
     assert re.search(r"no task 'arc_eazy' \(nearest: .*arc_easy", capsys.readouterr().err)
+
+
+def test_every_task_of_the_harness_is_let_pass(manager):
+    check_tasks(manager.all_tasks, None)
 
 
 def test_a_suite_without_network_says_where_the_data_come_from(capsys, one_index, converted):
