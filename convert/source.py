@@ -25,8 +25,7 @@ from .families import check_family
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 TOKENIZER_CONFIG = "tokenizer_config.json"
 MORE_TEMPLATES = "additional_chat_templates/*.jinja"  # beside the default, as transformers saves them
-# What travels with the weights, where the source has it.
-COMPANIONS = (
+TOKENIZER = (
     "tokenizer.json",
     "tokenizer.model",
     TOKENIZER_CONFIG,
@@ -37,6 +36,10 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
     MORE_TEMPLATES,
+)
+# What travels with the weights, where the source has it.
+COMPANIONS = (
+    *TOKENIZER,
     "generation_config.json",
     "LICENSE*",
     "NOTICE*",
@@ -183,11 +186,15 @@ def _local_folder(source: str | Path, revision: str | None, check: Check) -> Pat
         folder = fetch(["config.json", ADAPTER, CARD, INDEX, *COMPANIONS, OURS], revision)
         check_no_adapter(folder)
         check(read_json(folder / "config.json", "the model's configuration"), str(source))
-        # Not "*.safetensors": some repositories have all weights in another form too.
+        # Not "*.safetensors": some repositories have all weights in another form too. Of two layouts transformers takes
+        # the one file.
+        folder = fetch([WEIGHTS], folder.name)  # of the same commit
+        if (folder / WEIGHTS).is_file():
+            return folder
         has_index = (folder / INDEX).is_file()
         weight_map = read_json(folder / INDEX, "the list of shards").get("weight_map") if has_index else None
         shards = {str(shard) for shard in weight_map.values()} if isinstance(weight_map, dict) else set()
-        return fetch(sorted(filter(SHARD_NAME.fullmatch, shards)) or [WEIGHTS], folder.name)  # of the same commit
+        return fetch(sorted(filter(SHARD_NAME.fullmatch, shards)) or [WEIGHTS], folder.name)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConversionError(
@@ -208,7 +215,12 @@ def check_no_adapter(folder: Path) -> None:
 
 
 def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
-    """The weight files, each with the tensor names that an index lists for it (None where there is no index)."""
+    """The weight files, each with the tensor names that an index lists for it (None for a file alone).
+
+    Of two layouts in one folder, which a model leaves that was saved there twice, transformers takes the one file.
+    """
+    if (folder / WEIGHTS).is_file():
+        return {inside(folder, folder / WEIGHTS): None}
     if (folder / INDEX).is_file():
         weight_map = read_json(inside(folder, folder / INDEX), "the list of shards").get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -228,8 +240,6 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
                 "Download the checkpoint completely."
             )
         return {inside(folder, path): listed for path, listed in files.items()}
-    if (folder / WEIGHTS).is_file():
-        return {inside(folder, folder / WEIGHTS): None}
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles:
         raise ConversionError(

@@ -2,16 +2,24 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 @contextmanager
 def scratch_of(path: Path) -> Iterator[Path]:
-    """A path beside a file's place, each process with one of its own, from which it is moved there at the end."""
+    """A path beside a file's place, each process with one of its own, from which it is moved there at the end.
+
+    After an error nothing is there.
+    """
     scratch = path.with_name(f".{path.name}.{os.getpid()}.new")
-    yield scratch
-    scratch.replace(path)
+    try:
+        yield scratch
+        scratch.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            scratch.unlink()
+        raise
 
 
 def write_whole(path: Path, text: str) -> Path:

@@ -13,6 +13,7 @@ not name, are a stranger's: they are refused by name and never removed. The same
 overwritten, by the list of files in its receipt.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -29,6 +30,8 @@ from .sizes import size
 from .sync import sync_folder, sync_tree
 from .whole_file import write_whole
 
+# What a disk refuses whatever the file: it is full, a quota is used up, it is for reading only, or it is broken.
+DISK = {errno.ENOSPC, errno.EROFS, errno.EIO, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 PLAN, LOCK, RESULT, REPLACED = "plan.json", "lock", "result", "replaced"
 
 
@@ -152,7 +155,7 @@ class WorkingFolder:
             try:
                 yield self.result
             except BaseException as error:
-                if _is_of_the_disk(error):
+                if self._is_of_the_disk(error):
                     said = f"{self.destination} could not be written ({error}). Make room or name another folder."
                     refusal = self.error(said)
                     self._leave(wanted, refusal)
@@ -338,6 +341,16 @@ class WorkingFolder:
         with suppress(OSError):  # the destination is whole: what is left here does no harm
             self._remove(plan)
 
+    def _is_of_the_disk(self, error: BaseException) -> bool:
+        """Whether the system refused to write here. (A connection that breaks is an `OSError` too.)"""
+        if not isinstance(error, OSError) or isinstance(error, ConnectionError | TimeoutError):
+            return False
+        places = [
+            Path(os.path.abspath(name)) for name in (error.filename, error.filename2) if isinstance(name, str | Path)
+        ]
+        within = any(place.is_relative_to(home) for place in places for home in (self.path, self.place))
+        return error.errno in DISK or (error.errno is not None and within)
+
     def _list_files(self, receipt: Path) -> None:
         known = json.loads(receipt.read_text(encoding="utf-8")) if receipt.exists() else {}
         paths = {relative for relative, path in entries(self.result) if path.is_file()}
@@ -359,18 +372,13 @@ class WorkingFolder:
 
     def _remove(self, plan: _Plan) -> None:
         """Remove all of ours; the plan last, and first what it would make a later run ask about."""
-        write_whole(self.path / PLAN, json.dumps(asdict(replace(plan, kept=[]))))
+        if self._has_kept(plan):
+            with suppress(OSError):  # on a full disk there is room only afterwards
+                write_whole(self.path / PLAN, json.dumps(asdict(replace(plan, kept=[]))))
         self._remove_files(plan)
         for name in (PLAN, LOCK):
             (self.path / name).unlink(missing_ok=True)
         self.path.rmdir()
-
-
-def _is_of_the_disk(error: BaseException) -> bool:
-    """Whether the system refused something with a file. (A connection that breaks is an `OSError` too.)"""
-    return (
-        isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError | TimeoutError)
-    )
 
 
 def _own(plan: _Plan) -> Names:

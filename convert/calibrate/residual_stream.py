@@ -29,7 +29,8 @@ class Stream:
         """Args: tokens (batch, seq), all of them text, no padding."""
         self.plan, self.device = plan, device
         one = replace(plan.options, num_expert_sublayers=1, num_experts_per_sublayer=1, mode="split", dtype="float32")
-        self.dense_plan = make_plan(plan.dense, replace(one, assignment="contiguous", calibrate=None, text=None))
+        calibrated = {"calibrate": None, "calibration_tokens": None, "calibration_steps": None}
+        self.dense_plan = make_plan(plan.dense, replace(one, assignment="contiguous", text=None, **calibrated))
         embeddings = plan.dense.load("model.embed_tokens.weight").float()
         self.dense = nn.functional.embedding(tokens, embeddings) * plan.config.embedding_multiplier
         self.finedeep = self.dense.clone()

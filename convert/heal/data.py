@@ -85,7 +85,8 @@ def _documents(data: str) -> Iterator[str]:
         for row in rows:
             if COLUMN not in row:
                 raise ConversionError(f"dataset {data} has columns {', '.join(row)}; it needs one called '{COLUMN}'.")
-            yield row[COLUMN]
+            if row[COLUMN] is not None:  # as some datasets have for an empty document
+                yield row[COLUMN]
     except ConversionError:
         raise
     except Exception as error:  # what a dataset's loading raises is anybody's guess

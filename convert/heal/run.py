@@ -68,6 +68,7 @@ class Healed:
     before: Mapping[str, float]
     after: Mapping[str, float]
     log: Sequence[Mapping[str, float]] = ()
+    processes: int = 1
 
 
 @takes_options(HealingOptions)
@@ -113,7 +114,9 @@ def heal(
         _announce(o, checkpoint, teacher, arguments)
     with ExitStack() as stack:
         if arguments.process_index == 0:
-            plan = masked({"model": str(checkpoint.folder.resolve()), **dataclasses.asdict(o), "files": files})
+            # Of several processes each takes its sequences of every batch, so that their number decides the result.
+            of_many = {"processes": arguments.world_size, "files": files}
+            plan = masked({"model": str(checkpoint.folder.resolve()), **dataclasses.asdict(o), **of_many})
             stack.enter_context(work.begun(_contents(o), plan))
         windows, apart = _prepare(work, checkpoint.folder, config, teacher, o, arguments)
         stack.enter_context(without_loading_bars())
@@ -127,7 +130,14 @@ def heal(
                 f"training has diverged, the losses are {after}; a learning rate lower than {arguments.learning_rate} "
                 "is needed, and a new start (--overwrite): to resume would lead to the same."
             )
-        healed = Healed(work.destination, trainer.state.num_input_tokens_seen, before, after, trainer.state.log_history)
+        healed = Healed(
+            work.destination,
+            trainer.state.num_input_tokens_seen,
+            before,
+            after,
+            trainer.state.log_history,
+            arguments.world_size,
+        )
         _save(work.result, checkpoint, trainer, config, o, files, healed)
     return healed
 
@@ -400,6 +410,7 @@ def _write_companions(
         "data_sha256": files["text"],
         "teacher_revision": files["teacher"],
         "teacher_sha256": {f.name: sha256(f) for f in sorted(teacher.glob("*.safetensors"))} if teacher else None,
+        "processes": healed.processes,
         "tokens_seen": healed.tokens_seen,
         "held_out_nats_per_token": {"before": healed.before, "after": healed.after},
         "log": healed.log,

@@ -1,5 +1,6 @@
 """Train from the last checkpoint of a stopped run to the end, and no further."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ class ArgumentsWithoutSecrets(TrainingArguments):
     """`TrainingArguments` that leave secrets out of the checkpoints, into which `Trainer` pickles them."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: None if isinstance(v, str) and masked(v, k) != v else v for k, v in vars(self).items()}
+        return {k: None if isinstance(v, str | dict | list) and masked(v, k) != v else v for k, v in vars(self).items()}
 
 
 def train_to_the_end(trainer: Trainer, folder: Path) -> None:
@@ -30,8 +31,16 @@ def train_to_the_end(trainer: Trainer, folder: Path) -> None:
 
 def whole_checkpoints(folder: Path) -> list[Path]:
     """`Trainer`'s checkpoints in order, without one that a killed run has left half-made: it writes the state last."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / TRAINER_STATE_NAME).is_file()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    found = {path: _step_of(path) for path in folder.glob("checkpoint-*")}
+    return sorted((path for path, step in found.items() if path.name == f"checkpoint-{step}"), key=found.get)
+
+
+def _step_of(checkpoint: Path) -> int | None:
+    """The step that a checkpoint's state says, None where that is missing or was cut short."""
+    try:
+        return json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 class _FinishedError(Exception):

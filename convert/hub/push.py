@@ -2,9 +2,10 @@
 
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,23 @@ from finedeep_files.json_files import read_json
 from finedeep_files.masking import masked
 from finedeep_files.options import takes_options
 from finedeep_files.publishing_options import PushOptions
+from finedeep_files.shards import INDEX, WEIGHTS
 from finedeep_files.versions import versions
-from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars
 
-from ..code_files import CODE_FILES, advice, auto_map_of, copy_code, missing_code
+from ..code_files import CODE, CODE_FILES, advice, auto_map_of, copy_code, missing_code
 from ..receipt import NEURONS, RECEIPT, read_receipt
-from ..source import CARD, COMPANIONS, OURS, inside
+from ..source import CARD, COMPANIONS, OURS, TOKENIZER, inside
 from .card import make_card, read_comparison, read_scores
 from .refusals import AGAIN, hub_errors
 from .standalone import standalone_logits
 
+# What a training leaves beside a model it saves. Some of it is pickled, its arguments with the user's token.
+OF_TRAINING = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "trainer_state.json")
+# What another layout or an earlier tokenizer leaves in a repository, and loaders would take for this model's.
+REPLACED = (WEIGHTS, INDEX, "model-*-of-*.safetensors", CODE, RECEIPT, *TOKENIZER)
 CACHES = ("HF_HUB_CACHE", "TRANSFORMERS_CACHE", "HF_XET_CACHE", "HF_MODULES_CACHE")  # the second in transformers 4
 
 
@@ -88,10 +94,12 @@ def push_folder(
         if o.revision:
             api.create_branch(repo_id, branch=o.revision, exist_ok=True)
         additions = [CommitOperationAdd(file.relative_to(folder).as_posix(), file) for file in files]
+        stale = _stale(api.list_repo_files(repo_id, revision=o.revision), {a.path_in_repo for a in additions})
+        if stale:
+            tell(f"Removing from {repo_id} what this model does not have: {', '.join(stale)}")
+        changes = [first_card, *additions, *map(CommitOperationDelete, stale)]
         message = "Upload Finedeep model"
-        pushed = api.create_commit(
-            repo_id, [first_card, *additions], commit_message=message, revision=o.revision, create_pr=o.create_pr
-        )
+        pushed = api.create_commit(repo_id, changes, commit_message=message, revision=o.revision, create_pr=o.create_pr)
         if not (folder / CARD).is_file():
             message = "Model card, with the revision of the weights"
             where = pushed.pr_revision or o.revision
@@ -99,9 +107,15 @@ def push_folder(
     tell(f"Loading {repo_id} at {pushed.oid} from the Hub, into an empty cache ...")
     if not torch.equal(_logits_there(repo_id, pushed.oid, folder), here):
         raise ConversionError(
-            f"{repo_id} at {pushed.oid} gives other logits than {folder}. Do not use that revision; {AGAIN}."
+            f"{repo_id} at {pushed.oid} gives other logits than {folder}. Do not use it, and compare its files "
+            "with the folder's: one that the folder lacks may be the reason."
         )
     return Push(repo_id, pushed.oid, pushed.pr_url or f"{api.endpoint}/{repo_id}")
+
+
+def _stale(there: Iterable[str], sent: set[str]) -> list[str]:
+    """Those of a repository's files that an earlier model left, and that loaders would take for this one's."""
+    return [name for name in sorted(there) if name not in sent and any(fnmatchcase(name, like) for like in REPLACED)]
 
 
 def _telling(say: bool) -> Callable[[str], None]:
@@ -176,7 +190,11 @@ def _check(folder: Path) -> dict:
 
 
 def _files(folder: Path) -> list[Path]:
-    """What is uploaded, beside the card. Raises `ConversionError` for a link out of the folder, and for a secret."""
+    """What is uploaded, beside the card, without what a training has left.
+
+    Raises:
+        ConversionError: a link leads out of the folder, or a receipt holds a secret.
+    """
     there = {*folder.iterdir(), *(file for pattern in COMPANIONS for file in folder.glob(pattern))}
     shown = sorted(path for path in there if path.name[0] != ".")
     for path in shown:
@@ -187,7 +205,8 @@ def _files(folder: Path) -> list[Path]:
                 f"{path} holds what looks like a password, a key or a token, and would be published. Take it out, and "
                 "make it invalid if anybody else may have seen it."
             )
-    return [path for path in shown if path.is_file() and path.name != CARD]
+    left_out = (CARD, *OF_TRAINING)
+    return [path for path in shown if path.is_file() and not any(fnmatchcase(path.name, like) for like in left_out)]
 
 
 def _check_code(folder: Path) -> None:

@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,11 @@ import torch
 from finedeep_files.errors import ConversionError, one_line
 from finedeep_files.inputs import check_model
 from finedeep_files.json_files import as_json, read_json
+from finedeep_files.names import LISTED
 from finedeep_files.options import takes_options
 from finedeep_files.publishing_options import RefreshOptions
 from finedeep_files.versions import versions
-from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, snapshot_download
 from huggingface_hub.utils import disable_progress_bars
 
 from ...configuration_finedeep import AUTO_MAP, FinedeepConfig, __version__
@@ -29,7 +30,7 @@ from .standalone import standalone_logits
 
 # How far the logits of old and new code may be apart, as a share of the largest: some roundings of the dtype.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-PINNED = re.compile(r'revision="[0-9a-f]{40}"')
+PINNED = r'("{}",\s*revision=")([0-9a-f]{{40}})"'  # in a card, of the repository it is of
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ def refresh_code(model: str | Path, **options: Any) -> Refresh:
 
     Raises:
         ConversionError: it is no Finedeep model, its configuration is not understood, it is of a newer version, logits
-            differ, or the folder or the repository cannot be written. Nothing has then been changed.
+            differ, or the folder or the repository cannot be written. Nothing has then been changed, unless the Hub
+            took the code and not the card that pins it; the same command again then writes the card.
     """
     o, folder, commit = RefreshOptions(**options), Path(model), None
     if not folder.is_dir():
@@ -76,12 +78,12 @@ def refresh_code(model: str | Path, **options: Any) -> Refresh:
     files = _wanted_files(folder, config)
     changes = {name: _change(folder / name) for name in files}
     if not changes:
-        return Refresh(before, {})
+        return _with_card(str(model), commit, o) if commit is not None else Refresh(before, {})
     difference, not_compared = None, None
     if o.trust_remote_code:
         difference, not_compared = _compared(folder, config, files)
     if (folder / RECEIPT).is_file():
-        files[RECEIPT] = _receipt(folder, before, difference)
+        files[RECEIPT] = _receipt(folder, before, difference, files)
         changes[RECEIPT] = "notes the refresh"
     url, made = None, None
     if commit is None and not o.dry_run:
@@ -176,16 +178,21 @@ def _compared(folder: Path, config: Mapping[str, Any], files: Mapping[str, bytes
     return difference, None
 
 
-def _receipt(folder: Path, before: str | None, difference: float | None) -> bytes:
+def _receipt(folder: Path, before: str | None, difference: float | None, files: Mapping[str, bytes]) -> bytes:
     note = {"from": before, "logits_differ_by": difference, "versions": versions()}
-    return as_json({**read_receipt(folder), "refreshed": note}).encode()
+    receipt = read_receipt(folder)
+    if isinstance(receipt.get(LISTED), list):  # what is on it may be overwritten by a later conversion
+        receipt[LISTED] = sorted({*receipt[LISTED], *files})
+    return as_json({**receipt, "refreshed": note}).encode()
 
 
 def _write_together(folder: Path, files: Mapping[str, bytes]) -> None:
     """Put files into a folder, all or none of them: each is written beside its place, and then all are moved.
 
-    A process that is killed between two moves leaves some old and some new; the same command again completes it.
+    A process that is killed between two moves leaves some old and some new; the same command again completes it, and
+    removes what the killed one was writing.
     """
+    _remove_scratch(folder, files)
     new = {folder / name: folder / f".{name}.{os.getpid()}.new" for name in files}
     old = {path: path.with_name(f".{path.name}.{os.getpid()}.old") for path in new}
     moved = []
@@ -215,6 +222,49 @@ def _write_together(folder: Path, files: Mapping[str, bytes]) -> None:
                 scratch.unlink()
 
 
+def _remove_scratch(folder: Path, names: Iterable[str]) -> None:
+    """Remove what processes that were killed have left of `_write_together`."""
+    left = re.compile(rf"\.({'|'.join(map(re.escape, names))})\.\d+\.(new|old)")
+    for path in folder.iterdir():
+        if left.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+            path.unlink()
+
+
+def _with_card(repo_id: str, commit: str, o: RefreshOptions) -> Refresh:
+    """What is to be done where a repository's code is this package's: its card may still pin older code."""
+    card = Path(snapshot_download(repo_id, revision=commit, allow_patterns=[CARD])) / CARD
+    pinned = re.search(PINNED.format(re.escape(repo_id)), card.read_text(encoding="utf-8")) if card.is_file() else None
+    if pinned is None:
+        return Refresh(__version__, {})
+    try:
+        then = Path(snapshot_download(repo_id, revision=pinned[2], allow_patterns=[CODE]))
+    except Exception:  # the revision has gone, or never was
+        then = None
+    if then is not None and all(_holds(then / file.name, file.read_bytes()) for file in CODE_FILES):
+        return Refresh(__version__, {})
+    changes = {CARD: "pins the revision with the code"}
+    if o.dry_run:
+        return Refresh(__version__, changes)
+    api = HfApi()
+    with hub_errors(repo_id):
+        done = _commit_card(api, repo_id, card, commit, o.revision, create_pr=o.create_pr)
+    return Refresh(__version__, changes, url=done.pr_url or f"{api.endpoint}/{repo_id}", revision=commit)
+
+
+def _commit_card(
+    api: HfApi, repo_id: str, card: Path, commit: str, revision: str | None, create_pr: bool = False
+) -> CommitInfo:
+    """Commit a card that pins a commit."""
+    text = re.sub(PINNED.format(re.escape(repo_id)), rf'\g<1>{commit}"', card.read_text(encoding="utf-8"))
+    return api.create_commit(
+        repo_id,
+        _additions({CARD: text.encode()}),
+        commit_message="Model card, with the revision of the code",
+        revision=revision,
+        create_pr=create_pr,
+    )
+
+
 def _commit(
     repo_id: str, parent: str, revision: str | None, create_pr: bool, files: Mapping[str, bytes]
 ) -> tuple[str, str]:
@@ -231,14 +281,8 @@ def _commit(
             parent_commit=parent,
         )
         card = Path(snapshot_download(repo_id, revision=parent, allow_patterns=[CARD])) / CARD
-        text = card.read_text(encoding="utf-8") if card.is_file() else ""
-        if PINNED.search(text):
-            api.create_commit(
-                repo_id,
-                _additions({CARD: PINNED.sub(f'revision="{done.oid}"', text).encode()}),
-                commit_message="Model card, with the revision of the code",
-                revision=done.pr_revision or revision,
-            )
+        if card.is_file() and re.search(PINNED.format(re.escape(repo_id)), card.read_text(encoding="utf-8")):
+            _commit_card(api, repo_id, card, done.oid, done.pr_revision or revision)
     return done.pr_url or f"{api.endpoint}/{repo_id}", done.oid
 
 

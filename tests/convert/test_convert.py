@@ -451,6 +451,21 @@ def test_destination_is_a_file(tmp_path, capsys, dense):
     assert_refused(capsys, dense, tmp_path / "out", ["not a folder"])
 
 
+@pytest.mark.parametrize("sizes", [("5GB", "20KB"), ("20KB", "5GB")], ids=["whole, then shards", "shards, then whole"])
+def test_of_two_layouts_in_a_folder_transformers_is_followed(tmp_path, dense, sizes):
+    """A model that was saved twice into one folder leaves the first one's file or index there."""
+    source = shutil.copytree(dense, tmp_path / "source")
+    model = LlamaForCausalLM.from_pretrained(dense)
+    (source / "model.safetensors").unlink()
+    for size in sizes:
+        model.save_pretrained(source, max_shard_size=size)
+        torch.nn.init.normal_(model.model.layers[0].mlp.up_proj.weight)
+    names = {path.name for path in source.glob("*.safetensors*")}
+    assert {"model.safetensors", "model.safetensors.index.json"} <= names
+    convert_checkpoint(source, tmp_path / "out", progress=False)
+    assert_same_logits(source, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -255,11 +255,17 @@ def test_a_stopped_run_goes_on(tmp_path, dense, cut, monkeypatch, rank):
         heal(cut, tmp_path / "out", **options)
     with pytest.raises(ConversionError, match="steps differ"):
         heal(cut, tmp_path / "out", resume=True, **{**options, "steps": 13})
+    plan = tmp_path / ".out.unfinished/plan.json"
+    plan.write_text(plan.read_text().replace('"processes": 1', '"processes": 2'))
+    with pytest.raises(ConversionError, match="processes differ"):
+        heal(cut, tmp_path / "out", resume=True, **options)
+    plan.write_text(plan.read_text().replace('"processes": 2', '"processes": 1'))
     # As one leaves it that was killed while it wrote a checkpoint.
     shutil.copytree(
         tmp_path / ".out.unfinished/training/checkpoint-6", tmp_path / ".out.unfinished/training/checkpoint-9"
     )
-    (tmp_path / ".out.unfinished/training/checkpoint-9/trainer_state.json").unlink()
+    state = tmp_path / ".out.unfinished/training/checkpoint-9/trainer_state.json"
+    state.write_text(state.read_text()[:100]) if rank else state.unlink()
     resumed = heal(cut, tmp_path / "out", resume=True, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     at_once = heal(cut, tmp_path / "at once", **options)

@@ -10,7 +10,7 @@ import yaml
 from conftest import make_dense
 from finedeep.convert import ConversionError, convert_checkpoint
 from finedeep.convert.hub.card import make_card, read_scores
-from finedeep.convert.hub.push import push_folder
+from finedeep.convert.hub.push import _files, _stale, push_folder
 from finedeep_cli import main
 from forked import run_command
 from hub_server import TOKEN, running_hub
@@ -67,6 +67,43 @@ def test_push_and_load_at_the_revision_that_the_card_names(tmp_path, finedeep_fo
     assert (result["dataset"]["type"], result["metrics"][0]["type"], result["metrics"][0]["value"]) == (
         "arc_easy", "acc", 0.5,
     )  # fmt: skip
+
+
+def test_what_is_removed_from_a_repository():
+    there = ["model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "merges.txt"]
+    others = [
+        "notes.txt",
+        "LICENSE",
+        ".gitattributes",
+        "README.md",
+        "adapters/model.safetensors",
+        "consolidated.safetensors",
+    ]
+    assert _stale([*there, *others, "config.json"], {"config.json", "model.safetensors"}) == sorted(there[1:])
+
+
+@pytest.mark.slow
+def test_what_an_earlier_model_left_in_the_repository_is_not_loaded_for_this_one(tmp_path, finedeep_folder):
+    """Loaders take a file of all weights before shards."""
+    with running_hub() as (hub, environment):
+        earlier = {"model.safetensors": b"an earlier model's", "merges.txt": b"x y", "notes.txt": b"mine"}
+        earlier |= {"model-00001-of-00002.safetensors": b"another's", "LICENSE": b"kind", ".gitattributes": b""}
+        hub.repositories["org/model"] = [earlier]
+        done = push(finedeep_folder, environment)
+        assert done.returncode == 0, done.stderr
+        files = hub.repositories["org/model"][-1]
+    assert earlier.keys() - files.keys() == {
+        "model.safetensors", "merges.txt", "model-00001-of-00002.safetensors",
+    }  # fmt: skip
+    assert "Removing from org/model what this model does not have: merges.txt, model-0" in done.stderr
+
+
+def test_what_a_training_has_left_is_not_published(tmp_path, finedeep_folder):
+    """Trainer pickles its arguments beside a model, the user's token among them."""
+    folder = shutil.copytree(finedeep_folder, tmp_path / "model")
+    for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
+        (folder / name).write_text(TOKEN)
+    assert {path.name for path in _files(folder)} == {path.name for path in _files(finedeep_folder)}
 
 
 @pytest.mark.slow  # as are those below that push more than once: each time three processes load the model

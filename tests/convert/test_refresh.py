@@ -8,12 +8,12 @@ from pathlib import Path
 import finedeep
 import pytest
 import torch
-from finedeep.convert import ConversionError, refresh_code
+from finedeep.convert import ConversionError, convert_checkpoint, refresh_code
 from finedeep.convert.code_files import CODE_FILES, advice, version_in
 from finedeep.convert.hub import standalone
 from finedeep_cli import main
 from forked import run_command
-from hub_server import TOKEN, running_hub
+from hub_server import TOKEN, commit_id, running_hub
 from isolated import run_isolated
 from safetensors.torch import load_file
 
@@ -181,8 +181,49 @@ def test_a_refresh_that_fails_leaves_the_folder_as_it_was(old, monkeypatch, fail
     assert contents(old) == before
 
 
+def test_what_a_killed_refresh_was_writing_is_removed(old):
+    for left in (".config.json.123.new", ".modeling_finedeep.py.123.old"):
+        (old / left).write_text("half")
+    (old / ".notes.123.new").write_text("mine")
+    refresh_code(old)
+    assert {path.name for path in old.iterdir() if path.name.startswith(".")} == {".notes.123.new"}
+
+
+def test_a_refreshed_folder_can_be_overwritten(dense, old):
+    (old / "kernels_finedeep.py").unlink()  # as in a folder from before there was such a file
+    receipt = json.loads((old / "finedeep_conversion.json").read_text())
+    receipt["files"].remove("kernels_finedeep.py")
+    (old / "finedeep_conversion.json").write_text(json.dumps(receipt))
+    refresh_code(old)
+    convert_checkpoint(dense, old, overwrite=True, progress=False)
+
+
+OTHER = f'AutoModel.from_pretrained("org/other", revision="{"b" * 40}")'
+
+
+def test_a_card_that_the_hub_did_not_take_is_written_the_next_time(old, tmp_path):
+    card = f'---\nlicense: mit\n---\n{OTHER}\nload("org/model", revision="{"0" * 40}")\n'
+    with running_hub() as (hub, environment):
+        hub.repositories["org/model"] = [contents(old) | {"README.md": card.encode()}]
+        environment |= {"HF_HUB_CACHE": str(tmp_path / "cache")}
+        (done,) = run_command(["refresh", "org/model"], environment)
+        assert done.returncode == 0, done.stderr
+        with_code = hub.repositories["org/model"][1]
+        hub.repositories["org/model"] = [hub.repositories["org/model"][0], with_code]  # the card's commit is lost
+        hub.branches["org/model", "main"] = 1
+        dry, done, last = (
+            run_command(["refresh", "org/model", *more], environment)[0] for more in (["--dry-run"], [], [])
+        )
+        assert [run.returncode for run in (dry, done, last)] == [0, 0, 0], done.stderr
+        assert "README.md: pins the revision with the code" in dry.stdout
+        assert "nothing to do" in last.stdout
+        *_, newest = hub.repositories["org/model"]
+    assert len(hub.repositories["org/model"]) == 3
+    assert newest["README.md"].decode() == card.replace("0" * 40, commit_id(1))
+
+
 def test_a_repository_on_the_hub_gets_the_code_by_a_commit(old, tmp_path):
-    card = f'---\nlicense: mit\n---\nrevision="{"0" * 40}"\n'.encode()
+    card = f'---\nlicense: mit\n---\n{OTHER}\nload("org/model", revision="{"0" * 40}")\n'.encode()
     with running_hub() as (hub, environment):
         hub.repositories["org/model"] = [contents(old) | {"README.md": card}]
         environment |= {"HF_HUB_CACHE": str(tmp_path / "cache")}
@@ -199,7 +240,8 @@ def test_a_repository_on_the_hub_gets_the_code_by_a_commit(old, tmp_path):
     assert newest["model.safetensors"] == first["model.safetensors"]
     assert [run.returncode for run in done] == [0] * 4, done
     assert "nothing to do" in done[-1].stdout
-    assert newest["README.md"].decode().split('"')[1] in done[-2].stdout
+    assert OTHER in newest["README.md"].decode()  # of another model the revision stays
+    assert newest["README.md"].decode().split('"')[-2] in done[-2].stdout
     assert not [path for method, path in hub.requests if method == "PUT" or path.endswith(".safetensors")]
     assert not any(TOKEN in run.stdout + run.stderr for run in done)
 

@@ -129,9 +129,10 @@ def test_a_conversions_receipt_names_its_text_and_says_no_path(tmp_path, dense, 
         "2",
         option,
         str(text),
-        *(["--assignment", "activity"] if option == "--assignment-text" else []),
+        "--quiet",
     ]
-    words += ["--calibration-steps", "1", "--calibration-tokens", "4096", "--quiet"]
+    calibrated = ["--calibration-steps", "1", "--calibration-tokens", "4096"]
+    words += ["--assignment", "activity"] if option == "--assignment-text" else calibrated
     assert main(["convert", str(dense), str(tmp_path / "out"), *words]) == 0
     receipt = json.loads((tmp_path / "out" / RECEIPT).read_text())
     field = {"--calibrate": "calibrate", "--assignment-text": "text"}[option]

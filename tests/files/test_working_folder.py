@@ -1,6 +1,7 @@
 """Whose a folder is, what of it may go, and what is left when a run ends at any moment."""
 
 import builtins
+import errno
 import importlib
 import json
 import os
@@ -161,6 +162,40 @@ def test_a_run_that_finished_nothing_leaves_nothing(tmp_path):
         (result / "weights").touch()
         raise RuntimeError
     assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_on_a_full_disk_what_is_worth_nothing_is_removed(tmp_path, monkeypatch, kept):
+    usual, full = Path.write_text, []
+
+    def write_text(path, *given, **named):
+        if full and path.name.startswith(".plan"):
+            usual(path, "")  # a name there is room for
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return usual(path, *given, **named)
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    work = WorkingFolder(tmp_path / "out", resume=False, overwrite=False)
+
+    def fill():
+        with work.begun(CONTENTS, {}) as result:
+            (result / "weights").write_text("half")
+            if kept:
+                (work.path / "layer-0").write_text("whole")
+            full.append(True)
+            raise OSError(errno.ENOSPC, "No space left on device", str(result / "weights"))
+
+    with pytest.raises(DestinationError, match="No space left"):
+        fill()
+    left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == ({"weights", "layer-0", "plan.json", "lock"} if kept else set())
+
+
+def test_an_error_of_other_files_is_not_the_destinations(tmp_path):
+    work = WorkingFolder(tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match=r"order\.txt"), work.begun(CONTENTS, {}):
+        (tmp_path / "order.txt").read_text()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_finished_run_is_replaced_only_where_that_is_said_and_only_its_own_files(tmp_path):
