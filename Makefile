@@ -3,7 +3,7 @@
 # make test-matrix   the tests in every supported version of transformers (half an hour)
 # make test-newest   the same with the newest of every dependency; before every release (a quarter of an hour)
 # make test-programs   TRL, llm-compressor, ONNX and other programs around a model (a quarter of an hour)
-# make test-vllm   Finedeep served by vLLM on a CPU, beside transformers (ten minutes after an installation of 3.4 GB)
+# make test-vllm   Finedeep served by vLLM on a CPU, beside transformers (half an hour on one core, after an installation of 3.4 GB)
 # make bench   speed and memory beside dense Llama, into benchmarks/ (most of an hour; leave the machine alone)
 # make real TEXTS="NAME=FILE ..."   convert and measure SmolLM2-135M (an hour or more; resumable; see docs/real.md)
 # make gpu-grid TRAIN=BOOKS.txt.xz AUTHOR=OTHER.txt   ten minutes of training on a GPU, with PYTHON as it is

@@ -13,6 +13,15 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+# The command; and the largest resident set of its process alone, for getrusage counts what a process was before it.
+WITH_PEAK = """
+import sys
+from finedeep_cli import main
+status = main(sys.argv[2:])
+(line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+open(sys.argv[1], "w").write(str(int(line.split()[1]) * 1024))
+sys.exit(status)
+"""
 WINDOW = 512
 PROMPTS = (
     "What is the capital of France?",
@@ -31,20 +40,28 @@ Windows = Mapping[str, torch.Tensor]
 
 
 def finedeep(arguments: Sequence[Any], log: Path) -> dict[str, float]:
-    """Run a `finedeep` command in a process of its own, its output in `log`. Returns its seconds and peak memory."""
+    """Run a `finedeep` command in a process of its own, its output in `log`. Returns its seconds and peak memory.
+
+    With `--resume` among the arguments, what stopped attempts took is in them; `log` has it beside it, as `*.took`.
+    """
+    took, peak = log.with_suffix(".took"), log.with_suffix(".peak")
+    peak.unlink(missing_ok=True)
+    if "--resume" not in arguments:
+        took.unlink(missing_ok=True)
     begin = time.perf_counter()
     with log.open("a", encoding="utf-8") as file:
-        command = [sys.executable, "-m", "finedeep_cli", *map(str, arguments)]
+        command = [sys.executable, "-c", WITH_PEAK, str(peak), *map(str, arguments)]
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
+    seconds, of_cores = time.perf_counter() - begin, usage.ru_utime + usage.ru_stime
+    with took.open("a", encoding="utf-8") as file:
+        print(json.dumps([round(seconds, 1), round(of_cores, 1)]), file=file)
     if process.returncode:
         raise SystemExit(f"`finedeep {' '.join(map(str, arguments))}` failed; {log} says why.")
-    return {
-        "seconds": round(time.perf_counter() - begin, 1),
-        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-        "peak_bytes": usage.ru_maxrss * 1024,
-    }
+    attempts = [json.loads(line) for line in took.read_text(encoding="utf-8").splitlines()]
+    wall, cpu = (round(sum(part), 1) for part in zip(*attempts, strict=True))
+    return {"seconds": wall, "cpu_seconds": cpu, "peak_bytes": int(peak.read_text())}
 
 
 def text_windows(folder: Path, texts: Mapping[str, Path], number: int) -> Windows:
