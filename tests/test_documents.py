@@ -1,5 +1,6 @@
 """Every snippet of the documents runs, every table is what its command makes, every link leads somewhere."""
 
+import ast
 import json
 import os
 import re
@@ -94,10 +95,12 @@ def test_readme_converts_as_the_pages_do():
 
 
 def test_calibrate_and_heal(here):
-    convert, heal = commands("heal.md")
+    convert, heal, by_adapter = commands("heal.md")
     run(convert, "--calibration-tokens", "4096", "--calibration-steps", "5")
     run(heal, "--tokens", "4096", "--steps", "3")
-    assert (here / "llama-healed/config.json").is_file()
+    run(by_adapter, "--tokens", "4096", "--steps", "2")
+    for folder in ("llama-healed", "by-adapter"):
+        assert (here / folder / "config.json").is_file()
 
 
 def test_load(here):
@@ -213,6 +216,39 @@ def test_the_table_of_quantisation_is_what_the_command_prints(data, stories260k)
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     numbers = [[float(x) for x in re.findall(r"[-+]?\d+\.\d+", text)] for text in (table_in("quantisation"), printed)]
     assert numbers[0] == pytest.approx(numbers[1], abs=5e-3)  # rounding activations differs a little between CPUs
+
+
+def test_the_tables_of_the_real_model_are_those_of_the_committed_results(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples/real")
+    import estimates
+    from tables import write_page
+
+    page = tmp_path / "real.md"
+    page.write_text(PAGES["real.md"], encoding="utf-8")
+    write_page(json.loads((ROOT / "examples/results/real.json").read_text(encoding="utf-8")), page)
+    assert page.read_text(encoding="utf-8") == PAGES["real.md"]
+    assert table_in("larger-estimates") == estimates.table()
+
+
+OTHERS = ("contains custom code", "LlamaModel.forward", "module 'transformers_modules", "torchao", "KernelPreference")
+OTHERS += ("register_constant", "torch.compile")
+
+
+def test_messages_that_troubleshooting_names_are_printed_by_the_code():
+    literals = []
+    for path in ROOT.glob("*/**/*.py"):
+        if path.relative_to(ROOT).parts[0] not in ("tests", "examples", "docs") and ".venv" not in path.parts:
+            literals += [
+                node.value
+                for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+                if isinstance(node, ast.Constant) and isinstance(node.value, str)
+            ]
+    said = "\n".join(literals) + "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("*.py"))
+    for heading in re.findall(r"^\*\*(`.+?`)\*\*", PAGES["troubleshooting.md"], re.MULTILINE):
+        for message in re.findall("`(.+?)`", heading):
+            if not any(other in message for other in OTHERS):
+                for part in filter(None, (part.strip() for part in message.split("..."))):
+                    assert part in said, (message, part)
 
 
 def test_the_table_of_conversion_is_that_of_the_committed_results(monkeypatch):

@@ -46,8 +46,8 @@ MODELS = {
     "M=4 K=4, cut": ["--sublayers", "4", "--experts", "4"],
 }
 # A model that `finedeep heal` makes: of which, and how. The teacher's text is sampled, and no text of the measurements.
-HEALING_OPTIONS = "--tokens 163840 --batch-size 4 --steps 100 --learning-rate 2e-4"
-HELD_OUT = "--set eval_strategy=steps --set eval_steps=25"  # for the curve
+HEALING_OPTIONS = "--tokens 163840 --batch-size 4 --steps 40 --learning-rate 2e-4"
+HELD_OUT = "--set eval_strategy=steps --set eval_steps=20"  # for the curve
 HEALED = {"M=2 K=8, healed": ("M=2 K=8, calibrated", f"{HEALING_OPTIONS} {HELD_OUT}".split())}
 DEFAULT = tuple(MODELS)[:4]
 
