@@ -231,7 +231,7 @@ def test_the_tables_of_the_real_model_are_those_of_the_committed_results(tmp_pat
 
 
 OTHERS = ("contains custom code", "LlamaModel.forward", "module 'transformers_modules", "torchao", "KernelPreference")
-OTHERS += ("register_constant", "torch.compile")
+OTHERS += ("register_constant", "torch.compile", "HTTP 401")
 
 
 def test_messages_that_troubleshooting_names_are_printed_by_the_code():
