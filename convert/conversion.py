@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from .assignment import FORMULAS, assign
 from .calibrate.run import LAYER, WINDOWS, Calibration, LayerErrors, best_device
+from .calibrate.text import SAMPLED
 from .code_files import CODE_FILES, copy_code
 from .cut import made
 from .plan import Plan, make_plan, same_plan
@@ -163,7 +164,7 @@ def _contents(plan: Plan) -> Contents:
     shards = [shard.file_name for shard in plan.shards]
     code = [file.name for file in CODE_FILES]
     layers = [LAYER.format("*")] if plan.options.calibrates else []
-    windows = [WINDOWS] if layers else []
+    windows = [WINDOWS, SAMPLED.format("*")] if layers else []
     sampled = windows if plan.options.calibrate == SELF else []
     return Contents(
         command="convert",

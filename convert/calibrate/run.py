@@ -34,7 +34,7 @@ from .gradient import BATCH, Objective, error_of, fit, logit_divergence, median_
 from .neuron_statistics import MAX_TOKENS, activity_on, nonlinearity_on
 from .residual_stream import Stream, longest_usual, over_chunks, sublayers_from, through, token_weights
 from .sharing import Share, everywhere
-from .text import held_out, sampled_by_all, text_windows
+from .text import held_out, remove_sampled, sampled_by_all, text_windows
 
 WINDOWS = "calibration-windows.safetensors"
 LAYER = "calibrated-{}.safetensors"
@@ -152,7 +152,7 @@ class Calibration:
                 model = load_dense(self.plan.dense.folder, self.plan.dense_config).to(self.device)
                 if self.device.type == "cpu":
                     model.float()  # half precision is slow there
-                found = sampled_by_all(model, o.calibration_tokens, o.seed, self.progress)
+                found = sampled_by_all(model, o.calibration_tokens, o.seed, self.progress, folder=self.folder)
             else:
                 found = text_windows(self.plan.dense.folder, Path(o.calibrate), self.plan.config, o.calibration_tokens)
                 found = found[torch.randperm(len(found), generator=torch.Generator().manual_seed(o.seed))]
@@ -161,6 +161,7 @@ class Calibration:
             text = {} if o.calibrate == SELF else {"name": Path(o.calibrate).name, "sha256": sha256(Path(o.calibrate))}
             if is_first_process():
                 save_whole({"windows": found.contiguous()}, path, text)
+                remove_sampled(self.folder)
             share(None)  # it is saved
         return load_file(path)["windows"]
 

@@ -10,7 +10,9 @@ from finedeep_files.errors import ConversionError, one_line
 from finedeep_files.options import SELF
 from finedeep_files.processes import are_several, number_of_processes, process_number
 from finedeep_files.progress import Progress
+from finedeep_files.shards import save_whole
 from finedeep_files.text_files import read_documents
+from safetensors.torch import load_file
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
@@ -24,6 +26,7 @@ from .sharing import from_all
 
 HELD_OUT = 1 / 16  # of the windows
 WINDOW = 512  # tokens, or as many as the model has positions for
+SAMPLED = "sampled-{}.safetensors"  # a batch of texts, until all are there
 AT_A_TIME = 512  # texts that are sampled at a time, at most
 CACHE = 2**30  # bytes of their keys and values, at most, on a CPU
 CACHE_OF_ACCELERATORS = 2**32
@@ -131,12 +134,20 @@ def sampled_windows(
 
 
 def sampled_by_all(
-    model: PreTrainedModel, tokens: int, seed: int, progress: bool, length: int | None = None
+    model: PreTrainedModel,
+    tokens: int,
+    seed: int,
+    progress: bool,
+    length: int | None = None,
+    folder: Path | None = None,
 ) -> torch.Tensor:
-    """As `sampled_windows`; where there are several processes, each samples its share and gets the whole."""
+    """As `sampled_windows`; where there are several processes, each samples its share and gets the whole.
+
+    Args: folder, where each batch is kept as it comes, from which a run that was stopped continues.
+    """
     if not are_several():
-        return sampled_windows(model, tokens, seed, progress, length)
-    mine = sampled_batches(model, tokens, seed, progress, length, process_number(), number_of_processes())
+        return torch.cat(sampled_batches(model, tokens, seed, progress, length, folder=folder))
+    mine = sampled_batches(model, tokens, seed, progress, length, process_number(), number_of_processes(), folder)
     turns = zip_longest(*from_all(mine))
     return torch.cat([batch for turn in turns for batch in turn if batch is not None])
 
@@ -150,10 +161,12 @@ def sampled_batches(
     length: int | None = None,
     process: int = 0,
     processes: int = 1,
+    folder: Path | None = None,
 ) -> list[torch.Tensor]:
     """Those batches of `sampled_windows` that a process samples: with several, they take turns.
 
-    Each batch has a seed of its own, so that it is the same whoever samples it.
+    Each batch has a seed of its own, so that it is the same whoever samples it. Those that `folder` has are taken from
+    there, and others are kept there.
     """
     _check_bos(model.config)
     # The checkpoint's own may have penalties, which would make another text than the model's.
@@ -163,13 +176,34 @@ def sampled_batches(
     sizes = [min(at_a_time, number - done) for done in range(0, number, at_a_time)]
     generator = torch.Generator().manual_seed(seed)
     seeds = torch.randint(2**63 - 1, (len(sizes),), generator=generator).tolist()
-    mine = list(zip(sizes, seeds, strict=True))[process::processes]
-    total = sum(size for size, _ in mine) * length
+    mine = list(enumerate(zip(sizes, seeds, strict=True)))[process::processes]
+    total = sum(size for _, (size, _) in mine) * length
     with (
         torch.random.fork_rng([model.device] if model.device.type == "cuda" else []),
         Progress("Sampling", total, "tokens", progress) as bar,
     ):
-        return [_sampled(model, size, own_seed, length, bar) for size, own_seed in mine]
+        return [_kept_or_sampled(folder, i, model, size, own_seed, length, bar) for i, (size, own_seed) in mine]
+
+
+def remove_sampled(folder: Path) -> None:
+    """Remove the batches that were kept, now that all are there."""
+    for path in folder.glob(SAMPLED.format("*")):
+        path.unlink()
+
+
+def _kept_or_sampled(
+    folder: Path | None, i: int, model: PreTrainedModel, size: int, seed: int, length: int, bar: Progress
+) -> torch.Tensor:
+    """(size, length) token ids of the batch i."""
+    if folder is None:
+        return _sampled(model, size, seed, length, bar)
+    path = folder / SAMPLED.format(i)
+    if path.exists() and (kept := load_file(path)["windows"]).shape == (size, length):
+        bar.update(kept.numel())
+        return kept
+    found = _sampled(model, size, seed, length, bar)
+    save_whole({"windows": found.contiguous()}, path)
+    return found
 
 
 def _at_a_time(model: PreTrainedModel, length: int) -> int:

@@ -33,6 +33,7 @@ def healing_windows(
     teacher: PreTrainedModel | None,
     seed: int,
     progress: bool,
+    kept: Path | None = None,
 ) -> torch.Tensor:
     """(windows, context) token ids, up to `tokens` of them, in an order whose beginning can be held out.
 
@@ -48,6 +49,7 @@ def healing_windows(
         teacher: whom to sample from.
         seed: for sampling and the order.
         progress: whether to show a bar.
+        kept: the folder, if there is one, in which what was sampled is kept as it comes.
 
     Raises:
         ConversionError: the data cannot be read.
@@ -56,7 +58,7 @@ def healing_windows(
         # Cut from longer texts: short windows would otherwise be beginnings of texts, all of them.
         length = min(WINDOWS_OF_A_TEXT, max(1, window_of(teacher.config) // context)) * context
         # Another seed than calibration's: what that has learnt from must not be held out, nor be sampled again.
-        return sampled_by_all(teacher, tokens, seed + ANOTHER_SEED, progress, length).view(-1, context)
+        return sampled_by_all(teacher, tokens, seed + ANOTHER_SEED, progress, length, kept).view(-1, context)
     if Path(data).is_file():
         ids = read_tokens(folder, Path(data), vocabulary, tokens)
     else:

@@ -36,7 +36,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ...configuration_finedeep import FinedeepConfig
 from ...modeling_finedeep import FinedeepForCausalLM
-from ..calibrate.text import held_out
+from ..calibrate.text import SAMPLED, held_out, remove_sampled
 from ..code_files import CODE_FILES, copy_code
 from ..receipt import NEURONS, RECEIPT, read_receipt, without_place
 from ..source import COMPANIONS, DenseCheckpoint, check_finedeep, copy_companion, open_checkpoint
@@ -185,8 +185,11 @@ def _contents(o: HealingOptions) -> Contents:
     return Contents(
         command="heal",
         result=(WEIGHTS, SHARDS, INDEX, "config.json", *code, *COMPANIONS, NEURONS, RECEIPT, HEALING),
-        private=(WINDOWS, f"{TRAINING}/*"),
-        kept=(f"{TRAINING}/checkpoint-*/{TRAINER_STATE_NAME}", *([WINDOWS] * (o.data == SELF))),
+        private=(WINDOWS, SAMPLED.format("*"), f"{TRAINING}/*"),
+        kept=(
+            f"{TRAINING}/checkpoint-*/{TRAINER_STATE_NAME}",
+            *((WINDOWS, SAMPLED.format("*")) if o.data == SELF else ()),
+        ),
         receipt=HEALING,
     )
 
@@ -333,10 +336,13 @@ def _prepare(
     if share(not path.exists()) and (process == 0 or o.data == SELF):  # sampling is shared out
         sampler = teacher.to(arguments.device) if teacher is not None else None
         progress = not arguments.disable_tqdm and process == 0
-        found = healing_windows(o.data, model, config.vocab_size, o.context, o.tokens, sampler, o.seed, progress)
+        found = healing_windows(
+            o.data, model, config.vocab_size, o.context, o.tokens, sampler, o.seed, progress, work.path
+        )
         if process == 0:
             _check_enough(found, o)
             save_whole({"windows": found.contiguous()}, path)
+            remove_sampled(work.path)
     share(None)  # has saved them
     windows = load_file(path)["windows"]
     return windows, held_out(windows)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from conftest import make_dense
 from finedeep import FinedeepForCausalLM
 from finedeep.convert import ConversionError, convert_checkpoint
+from finedeep.convert.calibrate import text as calibration_text
 from finedeep.convert.calibrate.text import sampled_windows
 from finedeep.convert.heal import HealingOptions
 from finedeep.convert.heal.data import ANOTHER_SEED, healing_windows
@@ -272,6 +274,30 @@ def test_a_stopped_run_goes_on(tmp_path, dense, cut, monkeypatch, rank):
     assert resumed.before == at_once.before
     for name, tensor in load_file(tmp_path / "at once/model.safetensors").items():
         torch.testing.assert_close(load_file(tmp_path / "out/model.safetensors")[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_what_was_sampled_of_a_text_is_not_sampled_again(tmp_path, dense, cut, monkeypatch):
+    monkeypatch.setattr(calibration_text, "AT_A_TIME", 10)
+    options = {**QUICK, "steps": 1, "teacher": str(dense)}
+    at_once = heal(cut, tmp_path / "at once", **options)
+    generate, seen = calibration_text._generate, []
+
+    def interrupted(*given, **named):
+        seen.append(given)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return generate(*given, **named)
+
+    monkeypatch.setattr(calibration_text, "_generate", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="--resume continues"):
+        heal(cut, tmp_path / "out", **options)
+    assert {path.name for path in (tmp_path / ".out.unfinished").glob("s*")} == {
+        "sampled-0.safetensors", "sampled-1.safetensors",
+    }  # fmt: skip
+    resumed = heal(cut, tmp_path / "out", **options, resume=True)
+    assert len(seen) == 3 + math.ceil(QUICK["tokens"] / 4 / QUICK["context"] / 10) - 2
+    assert resumed.after == at_once.after
+    assert {path.name for path in tmp_path.iterdir()} == {"at once", "out"}
 
 
 def test_what_was_prepared_from_another_text_is_not_gone_on_with(tmp_path, cut, monkeypatch):
