@@ -334,19 +334,18 @@ def only_pickle(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
-def missing_shard(folder):
-    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+def index(content):
+    """The weights are in `one.safetensors`, and this is the index."""
+
+    def damage(folder):
+        (folder / "model.safetensors").rename(folder / "one.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+
+    return damage
 
 
-def escaping_shard(folder):
-    index = {"weight_map": {"model.norm.weight": "../../model.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def wrong_index(folder):
-    index = {"weight_map": {"model.norm.weight": "model.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+def index_of_norm(shard):
+    return index({"weight_map": {"model.norm.weight": shard}})
 
 
 def put(name, tensor):
@@ -380,10 +379,13 @@ BAD = {
     "empty weights": (overwrite("model.safetensors", b""), ["model.safetensors", "not a complete"]),
     "corrupt header": (overwrite("model.safetensors", struct.pack("<Q", 9) + b"{not json"), ["not a complete"]),
     "absurd header": (overwrite("model.safetensors", struct.pack("<Q", 2**60) + b"{}"), ["not a complete"]),
-    "missing shard": (missing_shard, ["model-00001-of-00002.safetensors", "not there"]),
-    "shard outside": (escaping_shard, ["../../model.safetensors", "plain file name"]),
-    "index disagrees": (wrong_index, ["does not hold the tensors"]),
-    "index without a map": (overwrite("model.safetensors.index.json", b"{}"), ["weight_map"]),
+    "missing shard": (
+        index_of_norm("model-00001-of-00002.safetensors"),
+        ["model-00001-of-00002.safetensors", "not there"],
+    ),
+    "shard outside": (index_of_norm("../../model.safetensors"), ["../../model.safetensors", "plain file name"]),
+    "index disagrees": (index_of_norm("one.safetensors"), ["does not hold the tensors"]),
+    "index without a map": (index({}), ["weight_map"]),
     "wrong shape": (put(NORM, torch.ones(33)), [NORM, "[33]", "[32]"]),
     "missing tensor": (edit_tensors(lambda tensors: tensors.pop(NORM)), ["lacks", NORM]),
     "unknown tensor": (put("model.extra.weight", torch.ones(3)), ["model.extra.weight"]),

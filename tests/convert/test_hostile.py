@@ -23,7 +23,7 @@ from finedeep.convert.receipt import RECEIPT
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_convert import fingerprint
+from test_convert import fingerprint, index
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 # Each example converts a whole, if tiny, model; two minutes count as a hang, however busy the machine is.
@@ -151,16 +151,16 @@ SHARD_NAMES = st.sampled_from(
 def test_indexes(original, shard, names):
     """Some tensors are said to be in a file that is not there, or is no plain file of the folder."""
     tensors = list(load_file(original / "model.safetensors"))
-    weight_map = dict.fromkeys(tensors, "model.safetensors") | dict.fromkeys(tensors[:names], shard)
-    refusal = outcome(original, write_json("model.safetensors.index.json", {"weight_map": weight_map}))
-    assert refusal or shard == "model.safetensors"
+    weight_map = dict.fromkeys(tensors, "one.safetensors") | dict.fromkeys(tensors[:names], shard)
+    refusal = outcome(original, index({"weight_map": weight_map}))
+    assert refusal or shard == "one.safetensors"
 
 
 @PROPERTY
 @given(content=JSON)
 def test_indexes_that_are_anything(original, content):
-    assert outcome(original, write_json("model.safetensors.index.json", {"weight_map": content}))
-    outcome(original, write_json("model.safetensors.index.json", content))
+    assert outcome(original, index({"weight_map": content}))
+    assert outcome(original, index(content))
 
 
 def header_of(folder):
@@ -239,11 +239,10 @@ def test_one_name_in_two_shards(original):
 def test_links_out_of_the_folder_are_not_followed(original, name):
     def damage(folder):
         target = folder.parent / "elsewhere"
-        if (folder / name).exists():
-            (folder / name).rename(target)
-        else:
+        if not (folder / name).exists():
             tensors = load_file(folder / "model.safetensors")
-            target.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "model.safetensors")}))
+            index({"weight_map": dict.fromkeys(tensors, "one.safetensors")})(folder)
+        (folder / name).rename(target)
         (folder / name).symlink_to(target)
 
     assert "is a link out of its folder" in outcome(original, damage)
