@@ -94,12 +94,12 @@ def main() -> None:
     runs = chosen(arguments)
     if not runs:
         parser.error(f"no run of {arguments.grid} has a name like {arguments.only!r}; names are SIZE/MODEL/RATE-SEED.")
-    keep(runs, arguments.out)
+    others = keep(runs, arguments.out)
     if arguments.list:
         print("\n".join(run.name for run in runs if not run.line().get("finished")))
         return
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    grid = Grid(runs, arguments.out, arguments.processes, begun, begun + arguments.deadline)
+    grid = Grid(runs, arguments.out, arguments.processes, begun, begun + arguments.deadline, others)
     if not arguments.data:
         grid.prepare()
     grid.work()
@@ -160,21 +160,31 @@ def steps_of(recipe: Recipe) -> int:
     return recipe["training"]["max_steps"]
 
 
-def keep(runs: Sequence[Run], out: Path) -> None:
-    """Give each run what OUT.jsonl has of it. Exits where that is of another recipe."""
+def keep(runs: Sequence[Run], out: Path) -> list[dict[str, Any]]:
+    """Give each run what OUT.jsonl has of it. Returns what it has of others. Exits where a recipe is another."""
     if not out.exists():
-        return
+        return []
     lines = {line["name"]: line for line in map(json.loads, out.read_text(encoding="utf-8").splitlines())}
     for run in runs:
-        run.kept = lines.get(run.name, {})
+        run.kept = lines.pop(run.name, {})
         if run.kept and run.kept["recipe"] != json.loads(json.dumps(without_folders(run.recipe))):
             raise SystemExit(f"{out} has {run.name} of another recipe: name another file.")
+    return list(lines.values())
 
 
 class Grid:
     """The runs at work."""
 
-    def __init__(self, runs: list[Run], out: Path, processes: int, begun: float, deadline: float):
+    def __init__(
+        self,
+        runs: list[Run],
+        out: Path,
+        processes: int,
+        begun: float,
+        deadline: float,
+        others: Sequence[dict[str, Any]] = (),
+    ):
+        self.others = others  # lines of runs that --only did not choose
         self.runs, self.out, self.processes, self.begun, self.deadline = runs, out, processes, begun, deadline
         self.stopped = False
         self.preparing: dict[Path, subprocess.Popen] = {}
@@ -252,7 +262,7 @@ class Grid:
 
     def write(self) -> None:
         """What there is of each run, whole or not at all."""
-        lines = [json.dumps(line) for run in self.runs if (line := run.line())]
+        lines = [json.dumps(line) for line in (*self.others, *(run.line() for run in self.runs)) if line]
         scratch = self.out.with_name(f".{self.out.name}.new")
         scratch.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         scratch.replace(self.out)

@@ -94,6 +94,15 @@ def test_runs_go_in_their_order_some_at_a_time(monkeypatch, grid):
     assert max(a, b) < min(a_end, b_end) < c
 
 
+def test_runs_that_are_not_chosen_keep_their_lines(monkeypatch, grid):
+    written(grid, [0.5, 0.1], steps=3)
+    before = run(monkeypatch, grid)
+    assert list(run(monkeypatch, grid, "--only", "s/dense/0.1-0")) == [0.5, 0.1]
+    grid.with_name("out.jsonl").write_text(json.dumps(before[0.5]) + "\n")
+    after = run(monkeypatch, grid, "--only", "s/dense/0.1-0")
+    assert (after[0.5], after[0.1]["finished"]) == (before[0.5], True)
+
+
 def test_at_the_deadline_curves_are_kept_and_the_same_command_goes_on(monkeypatch, grid):
     written(grid, [0.5], steps=3)
     run(monkeypatch, grid)
