@@ -89,11 +89,13 @@ def hidden_states(model: PreTrainedModel, windows: Windows) -> dict[str, torch.T
 
 
 @torch.inference_mode()
-def beside(head: nn.Module, windows: Windows, dense: Windows, converted: Windows) -> dict[str, dict[str, float]]:
+def beside(
+    heads: tuple[nn.Module, nn.Module], windows: Windows, dense: Windows, converted: Windows
+) -> dict[str, dict[str, float]]:
     """Of each text: both losses and the KL divergence from dense, nats a token, and how far the logits are apart.
 
     Args:
-        head: from hidden states to logits.
+        heads: from hidden states to logits, the dense model's and the converted one's, which healing trains.
         windows: token ids.
         dense: the dense model's hidden states.
         converted: the converted model's.
@@ -103,7 +105,7 @@ def beside(head: nn.Module, windows: Windows, dense: Windows, converted: Windows
         sums = {"dense_loss": 0.0, "loss": 0.0, "kl": 0.0, "first_choice_differs": 0.0}
         largest = size = 0.0
         for row, *states in zip(ids, dense[name], converted[name], strict=True):
-            before, after = (head(h) for h in states)
+            before, after = (head(h) for head, h in zip(heads, states, strict=True))
             p, q = before.log_softmax(-1), after.log_softmax(-1)
             sums["dense_loss"] += nn.functional.nll_loss(p[:-1], row[1:]).item()
             sums["loss"] += nn.functional.nll_loss(q[:-1], row[1:]).item()

@@ -173,7 +173,8 @@ def losses(run: Run, name: str) -> dict[str, Any] | None:
     if not run.windows:
         return None
     model = load(run.folder(name))
-    return beside(model.lm_head, run.windows, run.dense_states, hidden_states(model, run.windows))
+    heads = load(run.dense).lm_head, model.lm_head
+    return beside(heads, run.windows, run.dense_states, hidden_states(model, run.windows))
 
 
 def texts(run: Run, name: str) -> list[dict[str, str]]:
