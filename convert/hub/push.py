@@ -23,13 +23,13 @@ from huggingface_hub.utils import disable_progress_bars
 
 from ..code_files import CODE, CODE_FILES, advice, auto_map_of, copy_code, missing_code
 from ..receipt import NEURONS, RECEIPT, read_receipt
-from ..source import CARD, COMPANIONS, OURS, TOKENIZER, inside
+from ..source import CARD, COMPANIONS, OURS, PICKLES, TOKENIZER, inside
 from .card import make_card, read_comparison, read_scores
 from .refusals import AGAIN, hub_errors
 from .standalone import standalone_logits
 
 # What a training leaves beside a model it saves. Some of it is pickled, its arguments with the user's token.
-OF_TRAINING = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "trainer_state.json")
+OF_TRAINING = (*PICKLES, "trainer_state.json")
 # What another layout or an earlier tokenizer leaves in a repository, and loaders would take for this model's.
 REPLACED = (WEIGHTS, INDEX, "model-*-of-*.safetensors", CODE, RECEIPT, *TOKENIZER)
 CACHES = ("HF_HUB_CACHE", "TRANSFORMERS_CACHE", "HF_XET_CACHE", "HF_MODULES_CACHE")  # the second in transformers 4
@@ -107,8 +107,8 @@ def push_folder(
     tell(f"Loading {repo_id} at {pushed.oid} from the Hub, into an empty cache ...")
     if not torch.equal(_logits_there(repo_id, pushed.oid, folder), here):
         raise ConversionError(
-            f"{repo_id} at {pushed.oid} gives other logits than {folder}. Do not use it, and compare its files "
-            "with the folder's: one that the folder lacks may be the reason."
+            f"{repo_id} at {pushed.oid} gives other logits than {folder}. Do not use that revision, and compare its "
+            "files with the folder's: one that the folder lacks may be the reason."
         )
     return Push(repo_id, pushed.oid, pushed.pr_url or f"{api.endpoint}/{repo_id}")
 
