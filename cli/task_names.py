@@ -8,8 +8,8 @@ from pathlib import Path
 
 from finedeep_files.inputs import InputError
 
-# Of a task's definition, a YAML file that may be JSON too.
 SUFFIXES = (".yaml", ".yml", ".py", "")  # some of the harness's own have none
+# Of a task's definition, a YAML file that may be JSON too.
 NAMED = re.compile(r"""^\s*["']?(?:task|group|tag)["']?\s*:\s*["']?([\w.+-]+)""", re.MULTILINE)
 
 

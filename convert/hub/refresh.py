@@ -30,7 +30,6 @@ from .standalone import standalone_logits
 
 # How far the logits of old and new code may be apart, as a share of the largest: some roundings of the dtype.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-PINNED = r'("{}",\s*revision=")([0-9a-f]{{40}})"'  # in a card, of the repository it is of
 
 
 @dataclass(frozen=True)
@@ -232,8 +231,8 @@ def _remove_scratch(folder: Path, names: Iterable[str]) -> None:
 
 def _with_card(repo_id: str, commit: str, o: RefreshOptions) -> Refresh:
     """What is to be done where a repository's code is this package's: its card may still pin older code."""
-    card = Path(snapshot_download(repo_id, revision=commit, allow_patterns=[CARD])) / CARD
-    pinned = re.search(PINNED.format(re.escape(repo_id)), card.read_text(encoding="utf-8")) if card.is_file() else None
+    card = _card(repo_id, commit)
+    pinned = _pin_of(repo_id).search(card)
     if pinned is None:
         return Refresh(__version__, {})
     try:
@@ -251,11 +250,22 @@ def _with_card(repo_id: str, commit: str, o: RefreshOptions) -> Refresh:
     return Refresh(__version__, changes, url=done.pr_url or f"{api.endpoint}/{repo_id}", revision=commit)
 
 
+def _card(repo_id: str, commit: str) -> str:
+    """The text of a repository's card, "" where there is none."""
+    card = Path(snapshot_download(repo_id, revision=commit, allow_patterns=[CARD])) / CARD
+    return card.read_text(encoding="utf-8") if card.is_file() else ""
+
+
+def _pin_of(repo_id: str) -> re.Pattern:
+    """What in a card pins a revision of the repository that it is of; cards name other models too."""
+    return re.compile(rf'("{re.escape(repo_id)}",\s*revision=")([0-9a-f]{{40}})"')
+
+
 def _commit_card(
-    api: HfApi, repo_id: str, card: Path, commit: str, revision: str | None, create_pr: bool = False
+    api: HfApi, repo_id: str, card: str, commit: str, revision: str | None, create_pr: bool = False
 ) -> CommitInfo:
     """Commit a card that pins a commit."""
-    text = re.sub(PINNED.format(re.escape(repo_id)), rf'\g<1>{commit}"', card.read_text(encoding="utf-8"))
+    text = _pin_of(repo_id).sub(rf'\g<1>{commit}"', card)
     return api.create_commit(
         repo_id,
         _additions({CARD: text.encode()}),
@@ -280,8 +290,8 @@ def _commit(
             create_pr=create_pr,
             parent_commit=parent,
         )
-        card = Path(snapshot_download(repo_id, revision=parent, allow_patterns=[CARD])) / CARD
-        if card.is_file() and re.search(PINNED.format(re.escape(repo_id)), card.read_text(encoding="utf-8")):
+        card = _card(repo_id, parent)
+        if _pin_of(repo_id).search(card):
             _commit_card(api, repo_id, card, done.oid, done.pr_revision or revision)
     return done.pr_url or f"{api.endpoint}/{repo_id}", done.oid
 

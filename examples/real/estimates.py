@@ -43,14 +43,14 @@ RANK = 64
 HEAD = ["model", "step", "tokens", "operations", "time", "memory"]
 
 
-def speed(work: str, batch: int, tokens: int) -> tuple[float, float]:
-    """(tokens a second, FLOP/s) of dense Llama in a kind of work, at its median."""
+def speed(work: str, batch: int, tokens: int) -> float:
+    """FLOP/s of dense Llama in a kind of work, at its median."""
     measured = json.loads(SPEEDS.read_text(encoding="utf-8"))
     for row in measured["rows"]:
         case = row["case"]
         if row["group"] == "model" and (case["work"], case["batch"], case["tokens"]) == (work, batch, tokens):
             rate = batch * tokens / statistics.median(row["seconds"]["dense"])
-            return rate, rate * (6 if work == "train" else 2) * measured["parameters"][case["shape"]]["dense"]
+            return rate * (6 if work == "train" else 2) * measured["parameters"][case["shape"]]["dense"]
     raise SystemExit(f"{SPEEDS} has no {work} {batch}x{tokens}.")
 
 
@@ -72,8 +72,7 @@ def headers_of(sizes: dict[str, Any], folder: Path) -> Path:
 
 def rows() -> Iterator[list[str]]:
     """For each model: cut, sampled and calibrated; healed in whole, and by an adapter."""
-    _, training = speed("train", 4, 2048)
-    _, reading = speed("prefill", 8, 512)
+    slowest = min(speed("train", 4, 2048), speed("prefill", 8, 512))
     for name, sizes in MODELS.items():
         with tempfile.TemporaryDirectory() as folder:
             plan = plan_conversion(headers_of(sizes, Path(folder)), num_expert_sublayers=2, calibrate="self")
@@ -89,7 +88,7 @@ def rows() -> Iterator[list[str]]:
             (f"`heal --adapter-rank {RANK}`", 6, 4 * parameters + 16 * adapter + teacher),
         ):
             work = factor * parameters * HEALING_TOKENS
-            yield row(name, step, HEALING_TOKENS, work, min(training, reading), bytes_)
+            yield row(name, step, HEALING_TOKENS, work, slowest, bytes_)
 
 
 def row(name: str, step: str, tokens: int, operations: float, flops: float, memory: int) -> list[str]:
