@@ -12,15 +12,18 @@ from torch import nn
 
 from .kernels_finedeep import Kernels, has_memory
 
+REAL = (torch.Tensor, nn.Parameter)
+
 
 def runs_on(tensors: list[torch.Tensor]) -> bool:
     """Whether these forms can take the tensors: real ones on a CPU, all float32 or all float64, without autocast."""
     x = tensors[0]
     if x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled("cpu"):
         return False
-    return all(
-        type(y) in (torch.Tensor, nn.Parameter) and y.dtype == x.dtype and y.is_cpu and has_memory(y) for y in tensors
-    )
+    for y in tensors:
+        if y.dtype != x.dtype or type(y) not in REAL or not y.is_cpu:
+            return False
+    return has_memory(*tensors)
 
 
 @lru_cache

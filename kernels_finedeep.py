@@ -139,10 +139,11 @@ if triton is not None:
         tl.store(dw + tl.program_id(0) * d + i, dw_sum, i < d)
 
 
-def has_memory(x: torch.Tensor) -> bool:
-    """Whether it is there itself: tensors of a functional transform or of a tracer stand for others."""
+def has_memory(*tensors: torch.Tensor) -> bool:
+    """Whether they are there themselves: those of a functional transform or of a tracer stand for others."""
     try:
-        x.data_ptr()
+        for x in tensors:
+            x.data_ptr()
     except RuntimeError:
         return False
     return True
@@ -155,9 +156,7 @@ def runs_on(tensors: list[torch.Tensor]) -> bool:
     for x in tensors:
         if x.dtype not in DTYPES or type(x) not in (torch.Tensor, torch.nn.Parameter) or x.device != tensors[0].device:
             return False
-        if not has_memory(x) or not x.data_ptr():
-            return False
-    return True
+    return has_memory(*tensors) and all(x.data_ptr() for x in tensors)
 
 
 @lru_cache

@@ -22,12 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import modeling_layers
 from transformers.activations import ACT2FN
-from transformers.modeling_layers import (
-    GenericForQuestionAnswering,
-    GenericForSequenceClassification,
-    GenericForTokenClassification,
-)
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
@@ -44,6 +40,7 @@ from .kernels_finedeep import TRITON  # noqa: F401  # trf-ignore: TRF035
 from .operators_finedeep import (
     FinedeepOutputNorm,
     FinedeepRMSNorm,
+    FinedeepStackGates,
     cache_in,
     combined_by_kernel,
     dot,
@@ -69,10 +66,8 @@ class FinedeepSublayer(nn.Module):
 
     def __init__(self, config: FinedeepConfig):
         super().__init__()
-        self.num_experts = config.num_experts_per_sublayer
-        self.expert_width = config.expert_intermediate_size
-        self.routing_input = config.routing_input
-        self.routing_function = config.routing_function
+        self.num_experts, self.expert_width = config.num_experts_per_sublayer, config.expert_intermediate_size
+        self.routing_input, self.routing_function = config.routing_input, config.routing_function
         self.routed_scaling_factor = config.routed_scaling_factor
         width, per_expert = self.num_experts * self.expert_width, (self.num_experts, config.hidden_size)
         self.norm = FinedeepRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -84,7 +79,7 @@ class FinedeepSublayer(nn.Module):
         # CODEPATH: Llama checkpoints with mlp_bias have output biases; the released Llama 1 to 3 do not.
         self.expert_bias = nn.Parameter(torch.empty(per_expert)) if config.mlp_bias else None
         sandwich = config.sublayer_output_norm
-        self.output_norm = FinedeepOutputNorm(config.hidden_size, config.rms_norm_eps) if sandwich else nn.Identity()
+        self.output_norm = FinedeepOutputNorm(config.hidden_size, config.rms_norm_eps) if sandwich else None
 
     def forward(self, h: Tensor, cache: Any = None) -> tuple[Tensor, Tensor]:
         """Args: h (batch, seq, hidden); cache, of keys and values. Returns sum_k g_k * E_k, and g (batch, seq, K)."""
@@ -92,7 +87,7 @@ class FinedeepSublayer(nn.Module):
         G, U = self.gate_proj(n), self.up_proj(n)
         few = prefers_definition(self, G, cache)
         combined, g = self.definition(G, U, n) if few else self.one_product(G, U, n, cache)
-        return self.output_norm(combined), g
+        return combined if self.output_norm is None else self.output_norm(combined), g
 
     def definition(self, G: Tensor, U: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
         """K outputs, K scores, their weighted sum. Args: G and U (batch, seq, K * e), n (batch, seq, hidden)."""
@@ -100,9 +95,10 @@ class FinedeepSublayer(nn.Module):
         E = expert_outputs(self.down_proj, a)
         if self.expert_bias is not None:
             E = E + self.expert_bias
-        if self.routing_input == "expert_output" and (made := combined_by_kernel(E, self.router, *self.routing)):
+        gates, c = self.routing
+        if self.routing_input == "expert_output" and (made := combined_by_kernel(E, self.router, gates, c)):
             return made
-        g = self.gate(dot(E if self.routing_input == "expert_output" else n.unsqueeze(-2), self.router))
+        g = c * gates(dot(E if self.routing_input == "expert_output" else n.unsqueeze(-2), self.router))
         return (g.unsqueeze(-1) * E).sum(-2).to(E.dtype), g
 
     def one_product(self, G: Tensor, U: Tensor, n: Tensor, cache: Any = None) -> tuple[Tensor, Tensor]:
@@ -116,13 +112,8 @@ class FinedeepSublayer(nn.Module):
 
     @property
     def routing(self) -> tuple[Any, float]:
-        """What makes gates of scores, and c."""
+        """What makes gates of scores (batch, seq, K), and c."""
         return ROUTING_FUNCTIONS[self.routing_function].gates, self.routed_scaling_factor
-
-    def gate(self, s: Tensor) -> Tensor:
-        """The gates g of scores s, both (batch, seq, K), in float32 at least."""
-        gates, c = self.routing
-        return c * gates(s)
 
 
 class FinedeepAttention(Qwen3Attention):
@@ -141,19 +132,12 @@ class FinedeepAttention(Qwen3Attention):
             self.scaling = config.attention_multiplier
 
 
-class FinedeepStackGates(nn.Module):
-    """Stacks a layer's gates to (batch, seq, M, K), a module only so that transformers can record what it returns."""
-
-    def forward(self, gates: list[Tensor]) -> Tensor:
-        return torch.stack(gates, dim=-2)
-
-
 class FinedeepDecoderLayer(LlamaDecoderLayer):
     """A decoder layer whose dense FFN is M expert sub-layers, each with its own norm and residual."""
 
     def __init__(self, config: FinedeepConfig, layer_idx: int):
         super(LlamaDecoderLayer, self).__init__()  # not Llama's own: it would build the dense FFN
-        self.hidden_size = config.hidden_size
+        self.config, self.hidden_size = config, config.hidden_size
         self.self_attn = FinedeepAttention(config=config, layer_idx=layer_idx)
         self.attention_type = config.layer_types[layer_idx]
         self.input_layernorm = FinedeepRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -161,7 +145,6 @@ class FinedeepDecoderLayer(LlamaDecoderLayer):
         self.stack_gates = FinedeepStackGates()
         self.residual_multiplier = config.residual_multiplier
         self.use_rope = config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
-        self.config = config
 
     def forward(
         self,
@@ -174,7 +157,7 @@ class FinedeepDecoderLayer(LlamaDecoderLayer):
         # CODEPATH: every fourth layer of SmolLM3 has no RoPE. A rotation by nothing is exact.
         if not self.use_rope:
             position_embeddings = torch.ones_like(position_embeddings[0]), torch.zeros_like(position_embeddings[1])
-        h, gates, r, cache = hidden_states, [], self.residual_multiplier, cache_in(kwargs)
+        h, gates, r, cache = hidden_states, [], self.residual_multiplier, cache_in(kwargs, hidden_states)
         n = self.input_layernorm(h)
         h = torch.add(h, self.self_attn(hidden_states=n, position_embeddings=position_embeddings, **kwargs)[0], alpha=r)
         for sublayer in self.sublayers:
@@ -216,8 +199,7 @@ class FinedeepModel(FinedeepPreTrainedModel, Qwen3Model):  # trf-ignore: TRF057
 
     def __init__(self, config: FinedeepConfig):
         super(Qwen3Model, self).__init__(config)  # not Qwen3's own: it would build dense layers
-        self.padding_idx = config.pad_token_id
-        self.vocab_size = config.vocab_size
+        self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(FinedeepDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = FinedeepRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -235,8 +217,7 @@ class FinedeepForCausalLM(FinedeepPreTrainedModel, LlamaForCausalLM):  # trf-ign
 
     def __init__(self, config: FinedeepConfig):
         super(LlamaForCausalLM, self).__init__(config)
-        self.model = FinedeepModel(config)
-        self.vocab_size = config.vocab_size
+        self.model, self.vocab_size = FinedeepModel(config), config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -286,21 +267,21 @@ class FinedeepForCausalLM(FinedeepPreTrainedModel, LlamaForCausalLM):  # trf-ign
 # anew at each load. Their constructors are therefore stepped over, and only their `forward` is inherited.
 
 
-class FinedeepForSequenceClassification(GenericForSequenceClassification, FinedeepPreTrainedModel):
+class FinedeepForSequenceClassification(modeling_layers.GenericForSequenceClassification, FinedeepPreTrainedModel):
     """The decoder with a linear score on the last token that is not padding."""
 
     def __init__(self, config: FinedeepConfig):
-        super(GenericForSequenceClassification, self).__init__(config)
+        super(modeling_layers.GenericForSequenceClassification, self).__init__(config)
         self.model, self.num_labels = FinedeepModel(config), config.num_labels
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
 
-class FinedeepForTokenClassification(GenericForTokenClassification, FinedeepPreTrainedModel):
+class FinedeepForTokenClassification(modeling_layers.GenericForTokenClassification, FinedeepPreTrainedModel):
     """The decoder with a linear score on every token."""
 
     def __init__(self, config: FinedeepConfig):
-        super(GenericForTokenClassification, self).__init__(config)
+        super(modeling_layers.GenericForTokenClassification, self).__init__(config)
         self.model, self.num_labels = FinedeepModel(config), config.num_labels
         dropout = getattr(config, "classifier_dropout", None)
         self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
@@ -308,11 +289,11 @@ class FinedeepForTokenClassification(GenericForTokenClassification, FinedeepPreT
         self.post_init()
 
 
-class FinedeepForQuestionAnswering(GenericForQuestionAnswering, FinedeepPreTrainedModel):
+class FinedeepForQuestionAnswering(modeling_layers.GenericForQuestionAnswering, FinedeepPreTrainedModel):
     """The decoder with start and end scores on every token."""
 
     def __init__(self, config: FinedeepConfig):
-        super(GenericForQuestionAnswering, self).__init__(config)
+        super(modeling_layers.GenericForQuestionAnswering, self).__init__(config)
         self.model = FinedeepModel(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()

@@ -34,15 +34,13 @@ SILU = (nn.SiLU, type(ACT2FN["silu"]))
 
 
 def run(plain: Callable[..., Any], work: str | None, number: float, *inputs: torch.Tensor | None) -> Any:
-    """plain(*inputs), by the kernels of this name and `number` where some can take the inputs.
+    """plain(*inputs) in eager mode, by the kernels of this name and `number` where some can take the inputs.
 
     Backward keeps the inputs and nothing else. Compilers choose for themselves what to fuse and to keep, and tracers
     and forward-mode derivatives need plain operators. In eager mode a kernel of our own was weighed against this region
     under `torch.compile` on an H100: that took longer at every call, for its guards, and seconds at the first.
     """
     given = [x for x in inputs if x is not None]
-    if not is_eager(given[0]):
-        return plain(*inputs)
     kernels = kernels_for(given) if work else None
     if not torch.is_grad_enabled():
         return plain(*inputs) if kernels is None else getattr(kernels, work)(*given, number)
@@ -121,7 +119,7 @@ def dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Llama's RMSNorm in its own words: weight * x / rms(x), with its rounding. Args: x (..., hidden)."""
+    """Llama's RMSNorm in eager mode: weight * x / rms(x), with its rounding. Args: x (..., hidden)."""
 
     def plain(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -147,6 +145,13 @@ class FinedeepOutputNorm(FinedeepRMSNorm):
     initial_weight = 0.1
 
 
+class FinedeepStackGates(nn.Module):
+    """Stacks a layer's gates to (batch, seq, M, K), a module only so that transformers can record what it returns."""
+
+    def forward(self, gates: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(gates, dim=-2)
+
+
 def weighted_activations(
     G: torch.Tensor, U: torch.Tensor, v: torch.Tensor | None, s: torch.Tensor | None, act: Any, gates: Any, c: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -162,7 +167,8 @@ def weighted_activations(
         g = c * gates(scores)
         return (g.to(a.dtype).unsqueeze(-1) * a).flatten(-2), g
 
-    if is_watched(act):  # who hooks the activation meets it once, with its gradient
+    # Who hooks the activation meets it once, with its gradient.
+    if is_watched(act) or not is_eager(G):
         return plain(G, U, v, s)
     fits = s is None and gates is torch.sigmoid and isinstance(act, SILU) and v.shape[-1] <= MAX_WIDTH
     return run(plain, "weigh" if fits else None, c, G, U, v, s)
@@ -240,10 +246,14 @@ def scores_of(
     Args: router (K, hidden); a, which gives the activations (batch, seq, K, e); like (batch, seq, K * e), for shape,
     dtype and device. Returns v (K, e) and None, where one v serves all tokens, or None and s (batch, seq, K).
     """
+    if cache is not None and (v := kept_vectors(cache, linear, router)) is not None:
+        return v, None
     K = router.shape[0]
     if is_readable(linear, like):
-        kept = keeps_vectors(cache, like)
-        return kept_vectors(cache, linear, router) if kept else score_vectors(linear.weight, router), None
+        v = score_vectors(linear.weight, router)
+        if cache is not None:
+            keep_vectors(cache, linear, router, v)
+        return v, None
     refuse_engines_adapters(linear)
     refuse_rows_of_zeros(linear)
     if differs_by_token(linear):
@@ -288,32 +298,41 @@ def score_vectors(W: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
     return torch.bmm(router.unsqueeze(1), W).squeeze(1)
 
 
-def cache_in(arguments: dict[str, Any]) -> list[DynamicCache]:
-    """The cache of keys and values, if there is one, whatever it is called in the version of transformers that runs."""
+def cache_in(arguments: dict[str, Any], h: torch.Tensor) -> list[DynamicCache]:
+    """The cache of keys and values that score vectors are kept with: in eager generation, whatever its name.
+
+    Not a static one, which outlives a generation and what is done to the weights after it.
+    """
+    if torch.is_grad_enabled() or not is_eager(h):
+        return []
     return [value for value in arguments.values() if type(value) is DynamicCache][:1]
 
 
-def keeps_vectors(cache: DynamicCache | None, like: torch.Tensor) -> bool:
-    """Whether score vectors are to be kept with a cache of keys and values: in eager generation.
+def state_of(W: torch.Tensor, router: torch.Tensor) -> tuple | None:
+    """What changes when somebody writes to these tensors, or None if they do not say.
 
-    Of a static cache they are not, which outlives a generation and what is done to the weights after it.
+    Inference tensors count no changes, those of a functional transform have no memory.
     """
-    return cache is not None and not torch.is_grad_enabled() and is_eager(like)
-
-
-def kept_vectors(cache: DynamicCache, linear: nn.Linear, router: torch.Tensor) -> torch.Tensor:
-    """v_k = W_k' w_k, computed once for a cache, as long as nothing writes to the weights. Returns (K, e)."""
-    W, vectors = linear.weight, VECTORS.get(cache)
     try:
-        now = (W.data_ptr(), W._version, router.data_ptr(), router._version)
-    except RuntimeError:  # inference tensors count no changes, those of a functional transform have no memory
-        return score_vectors(W, router)
-    if vectors is None:
-        vectors = VECTORS[cache] = weakref.WeakKeyDictionary()
-    then, of_W, of_router, v = vectors.get(linear, (None,) * 4)
-    if then != now or of_W() is not W or of_router() is not router:  # another tensor may lie where one has been freed
-        v = score_vectors(W, router)
-        vectors[linear] = now, weakref.ref(W), weakref.ref(router), v
+        return W.data_ptr(), W._version, router.data_ptr(), router._version
+    except RuntimeError:
+        return None
+
+
+def keep_vectors(cache: DynamicCache, linear: nn.Linear, router: torch.Tensor, v: torch.Tensor) -> None:
+    """Keep v_k = W_k' w_k (K, e) as long as the cache is, and nothing writes to the weights."""
+    W = linear.weight
+    if (now := state_of(W, router)) is not None:
+        of_layers = VECTORS.setdefault(cache, weakref.WeakKeyDictionary())
+        # Another tensor may lie where one has been freed.
+        of_layers[linear] = now, weakref.ref(W), weakref.ref(router), v
+
+
+def kept_vectors(cache: DynamicCache, linear: nn.Module, router: torch.Tensor) -> torch.Tensor | None:
+    """The v_k (K, e) that were kept with the cache for these very weights, or None."""
+    then, of_W, of_router, v = VECTORS.get(cache, {}).get(linear, (None,) * 4)
+    if then is None or of_W() is not linear.weight or of_router() is not router or then != state_of(of_W(), router):
+        return None
     return v
 
 
@@ -362,10 +381,10 @@ def prefers_definition(sublayer: nn.Module, G: torch.Tensor, cache: DynamicCache
 
     Never where the vectors are kept, nor in a graph that is exported, which has one form for every number of tokens.
     """
-    linear, experts = sublayer.down_proj, sublayer.num_experts
-    if sublayer.routing_input == "hidden_state" or is_exporting() or G.shape[-1] != experts * sublayer.expert_width:
+    if cache is not None or sublayer.routing_input == "hidden_state" or is_exporting():
         return False
-    if keeps_vectors(cache, G):
+    linear, experts = sublayer.down_proj, sublayer.num_experts
+    if G.shape[-1] != experts * sublayer.expert_width:
         return False
     # torch multiplies batches of matrices slowly in bfloat16 on a CPU (measured).
     few = sublayer.definition_max_tokens

@@ -56,7 +56,8 @@ class FinedeepSublayer(nn.Module):
         combined = self.down_proj(y.flatten(-2))
         if self.expert_bias is not None:
             combined = combined + g @ self.expert_bias
-        return self.output_norm(tensor_model_parallel_all_reduce(combined)), g
+        combined = tensor_model_parallel_all_reduce(combined)
+        return combined if self.output_norm is None else self.output_norm(combined), g
 
     def scores(self, a: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
         """s (1, tokens, K / P) in float32. Args: a (1, tokens, K / P * e); n (1, tokens, hidden)."""

@@ -5,7 +5,7 @@ import reference
 import torch
 from conftest import TINY, random_model
 from finedeep import FinedeepForCausalLM, FinedeepModel
-from finedeep.modeling_finedeep import FinedeepStackGates
+from finedeep.operators_finedeep import FinedeepStackGates
 
 M, K = 2, 4
 LENGTHS = (4, 50)  # the per-expert form and the one-GEMM form
