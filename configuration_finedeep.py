@@ -81,7 +81,9 @@ class FinedeepConfig(LlamaConfig):  # trf-ignore: TRF057
         router_initializer_range (`float`, defaults to 0.0):
             Standard deviation of fresh routers. With 0, a gate starts as the same constant for every token.
         sublayer_output_norm (`bool`, defaults to `False`):
-            Whether a second RMSNorm acts on a sub-layer's output before it is added ("sandwich norm").
+            Whether a second RMSNorm acts on a sub-layer's output before it is added ("sandwich norm"). Set it to train
+            from random weights: the loss was lower with it at 1, 4 and 31 million parameters. Leave it to convert a
+            dense model, whose function it cannot have.
         attention_output_bias (`bool`, *optional*):
             Whether attention's output projection has a bias; left out, as `attention_bias` says (Llama). Qwen2 has
             biases on queries, keys and values only.

@@ -50,6 +50,8 @@ def pretrain(recipe: Recipe, out: Path) -> None:
     if (out / DONE).exists():
         print(f"{out / 'model'} is finished: there is nothing left to train. Remove {out} to train anew.")
         return
+    if recipe.get("ideas"):
+        raise SystemExit("No checkpoint can carry the code of `ideas`: train such a recipe by examples/plain.py.")
     gpu = torch.accelerator.is_available()
     arguments = ArgumentsWithoutSecrets(
         output_dir=str(out),

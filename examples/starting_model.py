@@ -6,6 +6,7 @@ from itertools import chain
 import from_checkout  # noqa: F401
 import torch
 from finedeep import FinedeepConfig, FinedeepForCausalLM
+from ideas import IDEAS
 from recipe import Recipe
 from torch import nn
 from transformers import (
@@ -33,6 +34,8 @@ def model_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMo
     """The model of the recipe's `start`, otherwise one with random weights. Exits where it lacks what is named."""
     built = (of_checkpoint if recipe.get("start") else of_random_weights)(recipe, tokenizer)
     built.set_attn_implementation(CAUSAL)
+    for idea in recipe.get("ideas", []):
+        IDEAS[idea](built)
     for parameter in chain.from_iterable(named(built, name) for name in recipe["freeze"]):
         parameter.requires_grad_(False)
     return built
