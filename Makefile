@@ -5,7 +5,7 @@
 # make test-programs   TRL, llm-compressor, ONNX and other programs around a model (a quarter of an hour)
 # make test-vllm   Finedeep served by vLLM on a CPU, beside transformers (half an hour on one core, after an installation of 3.4 GB)
 # make bench   speed and memory beside dense Llama, into benchmarks/ (most of an hour; leave the machine alone)
-# make real TEXTS="NAME=FILE ..."   convert and measure SmolLM2-135M (an hour or more; resumable; see docs/real.md)
+# make real TEXTS="NAME=FILE ..."   convert and measure SmolLM2-135M (hours; resumable; see docs/real.md)
 # make gpu-grid TRAIN=BOOKS.txt.xz AUTHOR=OTHER.txt   ten minutes of training on a GPU, with PYTHON as it is
 # make docs    the documents as a site, into docs/_build/html
 # The others make their own .venv with pinned versions first. PYTHON chooses the interpreter, 3.11 or newer.

@@ -238,11 +238,11 @@ def _readable_by_every_version(kwargs: dict[str, Any]) -> dict[str, Any]:
     transformers 5 writes `rope_parameters`; transformers 4 does not know that key and would silently fall back to
     theta 10000. Raises `ValueError` for what Llama's rotary embedding is not made of.
     """
-    rope = dict(kwargs.pop("rope_parameters", None) or {})
+    rope = dict(kwargs.pop("rope_parameters", None) or kwargs.get("rope_scaling") or {})
     if any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(
-            f"rope_parameters has an entry for each of {', '.join(rope)}; Finedeep has one RoPE for all layers. Give "
-            "one dictionary with rope_type and rope_theta."
+            f"RoPE's parameters have an entry for each of {', '.join(rope)}; Finedeep has one RoPE for all layers. "
+            "Give one dictionary with rope_type and rope_theta."
         )
     if "type" in rope:  # as it was called until transformers 4.43
         rope.setdefault("rope_type", rope.pop("type"))
@@ -285,7 +285,7 @@ def _deviation(field: str, value: Any) -> float:
 
 
 def _one_of(field: str, value: Any, known: Collection[Any]) -> str:
-    if value not in known:
+    if value not in tuple(known):  # which takes what has no hash, too
         raise ValueError(f"{field}={value!r} is not known; values that work: {', '.join(map(repr, known))}.")
     return value
 

@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .cpu_kernels_finedeep import CPU
-from .kernels_finedeep import INTERPRETED, MAX_TILE, MAX_WIDTH, TRITON, Kernels, combine, has_memory
+from .kernels_finedeep import INTERPRETED, MAX_TILE, MAX_WIDTH, TRITON, Kernels, combine
 
 # What lies between the matrix products: "plain", PyTorch as the equations are written, everywhere; "triton", Triton's
 # kernels in their interpreter on a CPU too; by default Triton's kernels on a GPU, our own on a CPU. For debugging.
@@ -36,18 +36,20 @@ SILU = (nn.SiLU, type(ACT2FN["silu"]))
 def run(plain: Callable[..., Any], work: str | None, number: float, *inputs: torch.Tensor | None) -> Any:
     """plain(*inputs) in eager mode, by the kernels of this name and `number` where some can take the inputs.
 
-    Backward keeps the inputs and nothing else. Compilers choose for themselves what to fuse and to keep, and tracers
-    and forward-mode derivatives need plain operators. In eager mode a kernel of our own was weighed against this region
-    under `torch.compile` on an H100: that took longer at every call, for its guards, and seconds at the first.
+    Backward keeps the inputs and nothing else. Compilers choose for themselves what to fuse and to keep; tracers, the
+    transforms of `torch.func` and forward-mode derivatives need plain operators. In eager mode a kernel of our own was
+    weighed against this region under `torch.compile` on an H100: that took longer at every call, for its guards, and
+    seconds at the first.
     """
     given = [x for x in inputs if x is not None]
     kernels = kernels_for(given) if work else None
     if not torch.is_grad_enabled():
         return plain(*inputs) if kernels is None else getattr(kernels, work)(*given, number)
+    if torch._C._are_functorch_transforms_active():
+        return plain(*inputs)
     if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in given):
         return plain(*inputs)
-    form = Recomputed if has_memory(given[0]) else RecomputedInTransforms  # where a functional transform is at work
-    return form.apply(plain, kernels, work, number, *inputs)
+    return Recomputed.apply(plain, kernels, work, number, *inputs)
 
 
 def is_eager(x: torch.Tensor) -> bool:
@@ -92,25 +94,13 @@ class Recomputed(torch.autograd.Function):
             with torch.enable_grad():
                 inputs = [x if x is None else x.detach().requires_grad_(n) for x, n in zip(inputs, needed, strict=True)]
                 outputs = ctx.plain(*inputs)
-            found = iter(
-                torch.autograd.grad(outputs, [x for x in inputs if x is not None and x.requires_grad], d_outputs)
-            )
+            outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+            # Gates need none where neither their router nor what they are read from does.
+            pairs = [(out, d) for out, d in zip(outputs, d_outputs, strict=True) if out.requires_grad]
+            wanted = [x for x in inputs if x is not None and x.requires_grad]
+            outputs, d_outputs = zip(*pairs, strict=True)
+            found = iter(torch.autograd.grad(outputs, wanted, d_outputs))
         return None, None, None, None, *(next(found) if need else None for need in needed)
-
-
-class RecomputedInTransforms(Recomputed):
-    """The same in the form that `torch.func` transforms, at whose every call PyTorch binds a signature."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(plain: Callable, kernels: None, work: str, number: float, *inputs: torch.Tensor | None) -> Any:
-        return plain(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-        ctx.plain, ctx.kernels, ctx.work, ctx.number, *tensors = inputs
-        ctx.save_for_backward(*tensors)
 
 
 def dot(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -176,7 +166,7 @@ def weighted_activations(
 
 def combined_by_kernel(E: torch.Tensor, router: torch.Tensor, gates: Any, c: float) -> tuple | None:
     """sum_k g_k * E_k and g by one kernel; None where that cannot be, as with gradients. E: (batch, seq, K, hidden)."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or gates is not torch.sigmoid:
+    if torch.is_grad_enabled() or not is_eager(E) or gates is not torch.sigmoid:
         return None
     tile = math.prod(1 << (size - 1).bit_length() for size in E.shape[-2:])
     fits = tile <= MAX_TILE and kernels_for([E, router]) is TRITON
@@ -309,12 +299,13 @@ def cache_in(arguments: dict[str, Any], h: torch.Tensor) -> list[DynamicCache]:
 
 
 def state_of(W: torch.Tensor, router: torch.Tensor) -> tuple | None:
-    """What changes when somebody writes to these tensors, or None if they do not say.
+    """What changes when somebody writes to these tensors or rounds them, or None if they do not say.
 
-    Inference tensors count no changes, those of a functional transform have no memory.
+    Inference tensors count no changes, those of a functional transform have no memory. Autocast would round.
     """
     try:
-        return W.data_ptr(), W._version, router.data_ptr(), router._version
+        rounded = torch.is_autocast_enabled(W.device.type)
+        return W.data_ptr(), W._version, router.data_ptr(), router._version, rounded
     except RuntimeError:
         return None
 

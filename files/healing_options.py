@@ -20,10 +20,24 @@ class HealingOptions:
         "or NAME:CONFIG:SPLIT; or self, to sample from the teacher (default)",
         metavar="D",
     )
-    tokens: int = option(1_048_576, "of the data (default: %(default)s)", metavar="N", least=1)
-    context: int = option(512, "tokens in a sequence, at most (default: %(default)s)", metavar="N", least=2)
-    steps: int = option(1000, "of the optimiser (default: %(default)s)", metavar="N", least=1)
-    batch_size: int = option(16, "sequences a device (default: %(default)s)", metavar="N", least=1)
+    tokens: int | None = option(
+        None,
+        "of the data (default: 8,192 for each channel of the hidden size, at most 1,048,576)",
+        metavar="N",
+        least=1,
+    )
+    context: int | None = option(
+        None, "tokens in a sequence, at most (default: the hidden size, from 64 to 512)", metavar="N", least=2
+    )
+    steps: int | None = option(
+        None, "of the optimiser (default: 10 for each channel, from 500 to 1000)", metavar="N", least=1
+    )
+    batch_size: int | None = option(
+        None,
+        "sequences a device (default: such that a step has 32 tokens for each channel, from 2,048 to 8,192)",
+        metavar="N",
+        least=1,
+    )
     learning_rate: float | None = option(
         None,
         "its peak (default: 0.064 / hidden size, which is 1e-3 for 64 and 1.6e-5 for 4096; ten times that for an "

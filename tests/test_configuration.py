@@ -1,6 +1,7 @@
 import itertools
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -51,11 +52,13 @@ def test_the_nearest_widths_named_do_work():
             )
 
 
-@pytest.mark.parametrize(("field", "value"), [("routing_function", "sofmax"), ("routing_input", "hidden")])
+@pytest.mark.parametrize(
+    ("field", "value"), [("routing_function", "sofmax"), ("routing_input", "hidden"), ("routing_function", [])]
+)
 def test_a_routing_that_there_is_not_is_refused_whenever_it_is_set(tmp_path, field, value):
     """from_pretrained sets fields of a configuration that has been made; any other name would be another model."""
     FinedeepConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"{field}={value!r} is not known; values that work: "):
+    with pytest.raises(ValueError, match=re.escape(f"{field}={value!r} is not known; values that work: ")):
         FinedeepConfig.from_pretrained(tmp_path, **{field: value})
 
 
@@ -149,6 +152,8 @@ def test_rope_by_its_older_key_is_read():
     [
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ({"partial_rotary_factor": 0.25}, "partial_rotary_factor=0.25"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2, "partial_rotary_factor": 0.5}}, "rotary_factor=0.5"),
+        ({"rope_scaling": {"full_attention": {"rope_type": "linear", "factor": 2.0}}}, "full_attention"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
     ],
     ids=str,

@@ -199,6 +199,14 @@ def test_score_vectors_are_not_kept_where_they_could_be_stale(alive, prompts, ma
         assert len(made) == 2 * layers
 
 
+@torch.no_grad()
+def test_score_vectors_that_autocast_has_rounded_are_for_autocast(alive, prompts):
+    sublayer, h = alive.model.layers[0].sublayers[0], torch.randn(1, 1, SHAPE["hidden_size"])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cache = alive(prompts[0][:1], use_cache=True)[CACHE]
+    assert torch.equal(sublayer(h, cache)[1], sublayer(h, DynamicCache())[1])
+
+
 def test_a_functional_transform_has_score_vectors_of_its_own(alive):
     """As when an ensemble's weights are stacked: none of them may be kept for another."""
     sublayer, cache, h = alive.model.layers[0].sublayers[0], DynamicCache(), torch.randn(1, 1, SHAPE["hidden_size"])

@@ -73,6 +73,27 @@ def test_weighted_activations_and_their_gradients(size, dtype, monkeypatch):
     assert found[1].dtype == torch.float32
 
 
+@pytest.mark.parametrize("score", [-20.0, -60.0, 60.0])
+def test_gradients_of_nearly_closed_gates(score, monkeypatch):
+    """Of activations in half precision, where a gate that was rounded would have lost its own gradient."""
+    torch.manual_seed(0)
+    G, U = (random(1, 50, 24, dtype=torch.float16) for _ in range(2))
+    a = nn.functional.silu(G).mul(U).detach().float().view(-1, 3, 8)
+    v = (score * a[:1] / a[:1].square().sum(-1, keepdim=True))[0].requires_grad_()  # the first token's scores
+    inputs = [G[:, :1], U[:, :1], v]
+
+    def run(G, U, v):
+        return operators.weighted_activations(G, U, v, None, nn.SiLU(), torch.sigmoid, 2.0)
+
+    def gradients(inputs):
+        y, g = run(*inputs)
+        return torch.autograd.grad(y.double().sum() + g.double().sum(), inputs[2])[0]
+
+    found = gradients(inputs)
+    expected = plainly(monkeypatch, gradients, [x.detach().double().requires_grad_() for x in inputs])
+    assert (found.double() - expected).norm() <= 1e-2 * expected.norm()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "d"), [(1, 8), (7, 40), (300, 64)])
 def test_norms_and_their_gradients(rows, d, dtype, monkeypatch):

@@ -238,6 +238,43 @@ def test_gradients_of_each_example_by_vmap():
             torch.testing.assert_close(found[name][i], one, rtol=1e-4, atol=1e-5)
 
 
+def test_transforms_of_weights_alone():
+    """The stream is a plain tensor then: derivatives of every kind by one weight, and ensembles."""
+    torch.manual_seed(0)
+    sublayer = FinedeepForCausalLM(tiny_config(K=4)).double().model.layers[0].sublayers[0]
+    h, weights = torch.randn(1, 40, 16, dtype=torch.float64), dict(sublayer.named_parameters())
+    for name in ("router", "down_proj.weight"):
+        weight = torch.randn_like(weights[name], requires_grad=True)
+
+        def loss(weight, name=name):
+            return torch.func.functional_call(sublayer, weights | {name: weight}, (h,))[0].square().sum()
+
+        expected = torch.autograd.grad(loss(weight), weight)[0]
+        torch.testing.assert_close(torch.func.grad(loss)(weight), expected)
+        direction = torch.randn_like(weight)
+        found = torch.func.jvp(loss, (weight,), (direction,))[1]
+        torch.testing.assert_close(found, (expected * direction).sum())
+        product = torch.func.jvp(torch.func.grad(loss), (weight,), (direction,))[1]
+        torch.testing.assert_close(product, torch.autograd.functional.vhp(loss, weight, direction)[1])
+        ensemble = torch.stack([weight, direction])
+        torch.testing.assert_close(torch.vmap(loss)(ensemble), torch.stack([loss(weight), loss(direction)]))
+
+
+def test_gates_without_a_gradient():
+    """Scores of the input with a frozen router, where nothing before it is trained: LoRA on gate_proj is so."""
+    torch.manual_seed(0)
+    model = FinedeepForCausalLM(tiny_config(K=4, routing_input="hidden_state", num_hidden_layers=1))
+    sublayer = model.model.layers[0].sublayers[0]
+    torch.nn.init.normal_(sublayer.router)
+    h = torch.randn(2, 40, 16)
+    gradients = []
+    for frozen in (False, True):
+        sublayer.requires_grad_(not frozen)
+        sublayer.gate_proj.requires_grad_(True)
+        gradients += torch.autograd.grad(sublayer(h)[0].square().sum(), sublayer.gate_proj.weight)
+    torch.testing.assert_close(*gradients)
+
+
 def test_backward_keeps_no_more_than_the_dense_ffn():
     """With M = 1, of width I: what autograd holds between forward and backward, counted by its own hooks."""
     from transformers import LlamaConfig
@@ -319,5 +356,8 @@ def test_tracing_leaves_plain_operators(monkeypatch):
     traced = torch.jit.trace(sublayer, h)
     assert "PythonOp" not in str(traced.graph)
     torch.testing.assert_close(traced(h), sublayer(h))
+    with torch.no_grad():  # few tokens, without gradients, have a kernel on a GPU
+        few = torch.jit.trace(sublayer, h[:, :3])
+        torch.testing.assert_close(few(h[:, 5:7]), sublayer(h[:, 5:7]))
     graph = torch.fx.symbolic_trace(FinedeepRMSNorm(16)).graph  # as vLLM looks for what a norm is
     assert any(node.target is torch.rsqrt for node in graph.nodes)

@@ -90,11 +90,12 @@ class Calibration:
 
     def _announce(self) -> None:
         """Say what there is to do, and how long that may take."""
-        o = self.plan.options
+        o, layers = self.plan.options, self.plan.config.num_hidden_layers
         text = "sampled from the dense model" if o.calibrate == SELF else f"of {Path(o.calibrate).name}"
+        seconds = seconds_for(self.operations(), self.device)
         say(
-            f"Calibrating on {o.calibration_tokens:,} tokens {text}: {self.plan.config.num_hidden_layers} layers, "
-            f"{o.calibration_steps} steps each; at least {in_words(seconds_for(self.operations(), self.device))}"
+            f"Calibrating on {o.calibration_tokens:,} tokens {text}: {layers} layers, {o.calibration_steps} steps "
+            f"each; at least {in_words(seconds)}, {in_words(seconds / layers)} a layer"
         )
 
     def operations(self) -> float:

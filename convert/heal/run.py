@@ -107,7 +107,7 @@ def heal(
     config = _student_config(checkpoint.folder)
     # Before TrainingArguments: after them, DeepSpeed and FSDP would share the teacher out as it is loaded.
     teacher = _teacher(o.teacher, config) if o.teacher else None
-    o = _settled(o, config, teacher)
+    o = settled(o, config, teacher)
     arguments = _training_arguments(o, work.path / TRAINING, progress)
     files = _files(checkpoint.folder, o)
     if progress and arguments.process_index == 0:
@@ -142,15 +142,26 @@ def heal(
     return healed
 
 
-def _settled(o: HealingOptions, config: FinedeepConfig, teacher: PreTrainedModel | None) -> HealingOptions:
-    """The options, with what the model and its teacher decide where nothing was said."""
-    rate = RATE / config.hidden_size * (OF_ADAPTERS if o.adapter_rank else 1)
+def settled(o: HealingOptions, config: FinedeepConfig, teacher: PreTrainedModel | None) -> HealingOptions:
+    """The options, with what the model's size and its teacher decide where nothing was said."""
+    d = config.hidden_size
+    rate = RATE / d * (OF_ADAPTERS if o.adapter_rank else 1)
+    # Attention is most of a small model's step on a CPU, so short windows pay there (measured: docs/heal.md).
+    context = min(o.context or between(64, d, 512), config.max_position_embeddings)
     return dataclasses.replace(
         o,
-        context=min(o.context, config.max_position_embeddings),
+        context=context,
+        batch_size=o.batch_size or between(2048, 32 * d, 8192) // context,
+        steps=o.steps or between(500, 10 * d, 1000),
+        tokens=o.tokens or min(8192 * d, 2**20),
         learning_rate=rate if o.learning_rate is None else o.learning_rate,
         hidden_states=_hidden_states(o, config, teacher),
     )
+
+
+def between(least: int, wanted: int, most: int) -> int:
+    """What is wanted, as far as it may be."""
+    return max(least, min(wanted, most))
 
 
 def _trainer(

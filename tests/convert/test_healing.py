@@ -13,13 +13,13 @@ import numpy
 import pytest
 import torch
 from conftest import make_dense
-from finedeep import FinedeepForCausalLM
+from finedeep import FinedeepConfig, FinedeepForCausalLM
 from finedeep.convert import ConversionError, convert_checkpoint
 from finedeep.convert.calibrate import text as calibration_text
 from finedeep.convert.calibrate.text import sampled_windows
 from finedeep.convert.heal import HealingOptions
 from finedeep.convert.heal.data import ANOTHER_SEED, healing_windows
-from finedeep.convert.heal.run import HEALING, HIDDEN_STATES, heal
+from finedeep.convert.heal.run import HEALING, HIDDEN_STATES, heal, settled
 from finedeep.convert.heal.trainer import HealingTrainer, hidden_state_distance
 from finedeep.convert.receipt import RECEIPT
 from finedeep.modeling_finedeep import FinedeepDecoderLayer
@@ -170,6 +170,24 @@ def test_an_adapter_is_trained_in_the_place_of_the_weights_and_merged(tmp_path, 
     # The losses in the receipt are those of the merged weights.
     again = heal(out, tmp_path / "again", teacher=str(dense), **{**QUICK, "steps": 1}, adapter_rank=1)
     assert again.before == pytest.approx(done.after, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "most", "expected"),
+    [
+        (64, 512, (524_288, 64, 640, 32)),  # stories260k: minutes on a CPU
+        (256, 2048, (1_048_576, 256, 1000, 32)),
+        (2048, 8192, (1_048_576, 512, 1000, 16)),
+        (2048, 128, (1_048_576, 128, 1000, 64)),
+        (8, 32, (65_536, 32, 500, 64)),
+    ],
+)
+def test_how_much_there_is_to_do_follows_the_models_size(hidden, most, expected):
+    config = FinedeepConfig(hidden_size=hidden, num_attention_heads=1, max_position_embeddings=most)
+    o = settled(HealingOptions(), config, None)
+    assert (o.tokens, o.context, o.steps, o.batch_size) == expected
+    given = {"tokens": 5000, "context": 16, "steps": 7, "batch_size": 3}
+    assert {name: getattr(settled(HealingOptions(**given), config, None), name) for name in given} == given
 
 
 def test_help_agrees_with_the_options():
