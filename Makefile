@@ -77,7 +77,8 @@ real: $(INSTALLED)
 DEADLINE ?= 600
 OUT ?= gpu-grid.jsonl
 gpu-grid:
-	$(PYTHON) examples/gpu_grid.py examples/gpu_grid.yaml $(OUT) --train $(TRAIN) --author $(AUTHOR) --deadline $(DEADLINE)
+	$(PYTHON) examples/gpu_grid.py examples/gpu_grid.yaml $(OUT) --train $(TRAIN) --author $(AUTHOR) --deadline $(DEADLINE) \
+		$(GRID_OPTIONS)
 
 docs: $(INSTALLED)
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs docs/_build/html

@@ -38,6 +38,7 @@ class LargerRun:
     curve: dict[int, float]  # held-out losses by step
     nsar: float | None
     gates: tuple[float, float, float] | None
+    parameters: int
 
     @property
     def finished(self) -> bool:
@@ -71,7 +72,7 @@ def of_trial(path: Path, line: dict[str, Any]) -> LargerRun:
     size = f"{path.stem.removeprefix('trial_')}, {spec['tokens'] / 1e6:g}M tokens, trial"
     losses = {"held_out": line["val"]["in"], "author": line["val"]["author"]}
     gates = tuple(line[f"gate_{what}"] for what in ("mean", "std", "lo")) if "gate_mean" in line else None
-    return LargerRun(size, slug(name), spec["lr"], spec["seed"], 0, losses, {}, line["nsar"], gates)
+    return LargerRun(size, slug(name), spec["lr"], spec["seed"], 0, losses, {}, line["nsar"], gates, line["params"])
 
 
 def of_grid(path: Path, line: dict[str, Any]) -> LargerRun:
@@ -90,6 +91,7 @@ def of_grid(path: Path, line: dict[str, Any]) -> LargerRun:
         {point["step"]: point["eval_held_out_loss"] for point in line["log"]},
         line.get("nsar", {}).get(TAU),
         tuple(line[f"gate_{what}"] for what in ("mean", "std", "low")) if "gate_mean" in line else None,
+        line["parameters"],
     )
 
 
@@ -106,7 +108,8 @@ def tables_of_larger(groups: Groups) -> dict[str, str]:
 
 VERDICT = ["size", "baseline", "loss (other author)", "best Finedeep", "its loss (other author)"]
 VERDICT += ["perplexity", "perplexity, other author", "seeds"]
-RUN = ["size", "model", "learning rate", "seeds", "held out", "other author", "NSAR", "gates: mean, spread, below 0.5"]
+RUN = ["size", "model", "parameters", "learning rate", "seeds", "held out", "other author", "NSAR"]
+RUN += ["gates: mean, spread, below 0.5"]
 
 
 def verdicts(size: str, models: dict[str, dict[float, dict[int, LargerRun]]]) -> Iterator[list[str]]:
@@ -148,6 +151,7 @@ def runs(size: str, models: dict[str, dict[float, dict[int, LargerRun]]]) -> Ite
                 yield [
                     size,
                     shown(model),
+                    f"{some[0].parameters:,}",
                     f"{rate:g}",
                     str(len(some)),
                     *(f"{mean(some, text):.3f}" for text in ("held_out", "author")),

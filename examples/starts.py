@@ -35,8 +35,8 @@ def main() -> None:
     parser.add_argument("starts", type=Path, help="a folder for the models")
     parser.add_argument("--calibration-tokens", type=int, help="as of finedeep convert")
     parser.add_argument("--calibration-steps", type=int, help="as of finedeep convert")
-    parser.add_argument("--heal-steps", type=int, default=1000, help="default: %(default)s")
-    parser.add_argument("--heal-tokens", type=int, default=1_048_576, help="default: %(default)s")
+    parser.add_argument("--heal-steps", type=int, help="as of finedeep heal")
+    parser.add_argument("--heal-tokens", type=int, help="as of finedeep heal")
     arguments = parser.parse_args()
     calibration = {
         name: value

@@ -26,10 +26,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import from_checkout  # noqa: F401
 import torch
 import transformers
+from drawing import draw
 from figures import WINDOW, answers, beside, finedeep, hidden_states, load, read, text_windows, weights
 from finedeep import __version__
 from finedeep.convert.heal.run import HEALING
 from finedeep.convert.receipt import RECEIPT
+from finedeep_files.hashing import sha256
 from finedeep_files.whole_file import write_whole
 from safetensors.torch import load_file, save_file
 from smollm2 import WEIGHTS, dense_folder
@@ -73,6 +75,7 @@ def main() -> None:
         for step in STEPS:
             run.do(name, step)
     write_page(read(run.path), arguments.page)
+    draw(read(run.path), arguments.page.parent / "figures")
 
 
 def named(argument: str) -> tuple[str, Path]:
@@ -130,6 +133,7 @@ class Run:
             return
         known[step] = found
         results["weights"] = WEIGHTS
+        results.setdefault("texts", {}).update({name: sha256(file) for name, file in self.arguments.text})
         known.setdefault("made_with", {})[step] = machine()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, json.dumps(results, indent=1, ensure_ascii=False) + "\n")

@@ -21,6 +21,7 @@ def line(model, held_out, author=4.0, rate=0.1, seed=0, steps=10, finished=True,
     ]
     recipe = {"data": {"context": 1000}, "training": training}
     found = {"name": f"{size}/{model}/{rate:g}-{seed}", "recipe": recipe, "finished": finished, "log": log}
+    found["parameters"] = 31_000_000
     gates = {"gate_mean": 0.8, "gate_std": 0.5, "gate_low": 0.3} if model.startswith("m-") else {}
     return found | ({"nsar": {"0.1": 0.5}} | gates if finished else {})
 

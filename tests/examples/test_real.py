@@ -72,6 +72,16 @@ def test_estimates_of_larger_models(monkeypatch):
     assert calibrating > 6 * dense * 65_536
 
 
+def test_the_figure_is_of_what_was_measured(tmp_path):
+    from drawing import SHOWN, draw
+
+    results = json.loads((ROOT / "examples/results/real.json").read_text())
+    svg = draw(results, tmp_path).read_text()
+    assert ">dense<" in svg
+    assert f">{SHOWN}<" in svg
+    assert draw({"models": {}}, tmp_path) is None
+
+
 @pytest.mark.slow
 def test_a_run_measures_writes_the_page_and_does_nothing_twice(tmp_path, dense, monkeypatch, capsys):
     """On a tiny model in the real one's place."""
@@ -81,6 +91,7 @@ def test_a_run_measures_writes_the_page_and_does_nothing_twice(tmp_path, dense, 
     text.write_text("Some words that no model has learnt from. " * 60)
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/dense").symlink_to(dense)
+    (tmp_path / "figures").mkdir()
     page = tmp_path / "REAL.md"
     page.write_text((ROOT / "docs/real.md").read_text())
     command = ["run.py", str(tmp_path / "cache"), "--text", f"words={text}", "--windows", "2"]
