@@ -213,6 +213,22 @@ KINDS = {
     "C3AConfig": {"block_size": 8, "init_weights": True},
     "VBLoRAConfig": {"r": 4, "num_vectors": 16, "vector_length": 8, "topk": 2},
     "ShiraConfig": {"r": 4},
+    "AdaLoraConfig": {"init_r": 4, "total_step": 10},
+    "AdamssConfig": {"r": 4},
+    "DeftConfig": {"r": 4},
+    "DeloraConfig": {"r": 4},
+    "FrodConfig": {},
+    "GloraConfig": {"r": 4},
+    "GraloraConfig": {"r": 4},
+    "HiraConfig": {"r": 4},
+    "LNTuningConfig": {"target_modules": ["input_layernorm", "norm"]},
+    "OSFConfig": {},
+    "PeanutConfig": {"r": 4},
+    "PsoftConfig": {"r": 4},
+    "PveraConfig": {"r": 4},
+    "SupertuningConfig": {},
+    "TinyLoraConfig": {"r": 4},
+    "UniLoraConfig": {"r": 4},
 }
 
 
@@ -223,7 +239,7 @@ def test_every_kind_of_adapter_is_the_function_that_its_merging_gives(batches, k
         pytest.skip(f"this version of peft has no {kind}")
     torch.manual_seed(1)
     where = {"target_modules": ["gate_proj", "up_proj", "down_proj"], "task_type": "CAUSAL_LM"}
-    config = getattr(peft, kind)(**where, **KINDS[kind])
+    config = getattr(peft, kind)(**where | KINDS[kind])
     tolerance = 5e-3 if kind == "C3AConfig" else 1e-3  # whose merging is by another Fourier transform, on a Llama too
     base = random_model()
     with torch.no_grad():
@@ -241,6 +257,23 @@ def test_every_kind_of_adapter_is_the_function_that_its_merging_gives(batches, k
         assert (e - p).abs().max() > 1e-3
         torch.testing.assert_close(f, e, rtol=0, atol=tolerance)
         torch.testing.assert_close(w, e, rtol=0, atol=tolerance)
+
+
+@torch.no_grad()
+def test_activated_lora_begins_at_its_invocation(recwarn):
+    """aLoRA tells tokens apart: before the invocation every token has the dense weights, scores of experts included."""
+    ids, invocation = torch.arange(40)[None], [20, 21]
+    base = random_model()
+    plain = base(ids).logits
+    where = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_lora_weights": False}
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, alora_invocation_tokens=invocation, **where)).eval()
+    change = (model(ids).logits - plain).abs().amax(-1)[0]
+    assert change[:20].max() < 1e-4 < 1e-2 < change[20:].min()
+    with torch.enable_grad():
+        torch.testing.assert_close(model(ids).logits, model(ids).logits.detach())
+    written = model.generate(input_ids=ids[:, :24], max_new_tokens=2, do_sample=False, eos_token_id=None)
+    expected = [int(model(written[:, :length]).logits[0, -1].argmax()) for length in (24, 25)]
+    assert written[0, 24:].tolist() == expected
 
 
 def test_dora_on_rows_of_zeros_is_refused():
