@@ -65,6 +65,7 @@ test-vllm: $(INSTALLED)
 	$(BIN)/python tests/serving/run.py
 
 bench: $(INSTALLED)
+	$(BIN)/python -m finedeep.benchmarks --quick --output benchmarks
 	$(BIN)/python -m finedeep.benchmarks --output benchmarks --document docs/performance.md
 
 TEXTS ?=

@@ -25,7 +25,7 @@ class RoutingFunction(NamedTuple):
     """Of K, the c with which a zero router gives every expert the weight exactly 1."""
 
 
-# To add one, add an entry; tests take it from here.
+# To add one, add an entry, and its words for the command line and the model card in files/conversion_options.py.
 ROUTING_FUNCTIONS = {
     "sigmoid": RoutingFunction(torch.sigmoid, lambda num_experts: 2.0),
     "softmax": RoutingFunction(partial(torch.softmax, dim=-1), float),

@@ -186,9 +186,10 @@ def test_adapters_that_differ_by_row_of_a_batch():
             torch.testing.assert_close(found, torch.cat(expected[:rows]), rtol=1e-4, atol=1e-4)
 
 
-def test_a_checkpoint_runs_attention_once_more_and_not_more_often(batches):
+@pytest.mark.parametrize("M", [2, 4])
+def test_a_checkpoint_runs_attention_once_more_and_not_more_often(batches, M):
     """Scores that autograd reads within a forward must not make a checkpoint run its layer for each of them."""
-    model = adapted(random_model(), target_modules=SEVEN).train()
+    model = adapted(random_model(num_expert_sublayers=M), target_modules=SEVEN).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     calls = []
