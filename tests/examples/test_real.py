@@ -53,6 +53,15 @@ def test_another_file_under_the_name_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [wheel.name]
 
 
+def test_the_licence_goes_into_the_receipt(tmp_path):
+    import smollm2
+    from finedeep.convert.receipt import licence_of
+
+    (tmp_path / "README.md").write_text(smollm2.CARD)
+    assert licence_of(tmp_path) == {"license": "apache-2.0"}
+    assert smollm2.SHA256 in smollm2.CARD
+
+
 def test_estimates_of_larger_models(monkeypatch):
     """Memory by hand: 16 bytes a parameter and the teacher's two, or four and the adapter's sixteen."""
     import estimates
