@@ -3,8 +3,9 @@
     python -m finedeep.benchmarks.gap CHECKPOINT TEXT --name stories260k
 
 cuts TEXT in two, calibrates on the first half (or on text sampled from CHECKPOINT), measures on the second, and adds a
-line for each stage to benchmarks/results/gap.jsonl. --render makes the tables of docs/heal.md and
-docs/figures/gap.svg from all lines.
+line for each stage to benchmarks/results/gap.jsonl; of what has learnt from sampled text, which has seen neither half,
+with the losses on the first half beside them. --render makes the tables of docs/heal.md and docs/figures/gap.svg from
+all lines.
 
 Each stage is a command of its own, in a process of its own; its seconds are those of the whole command. The loss is the
 mean next-token loss in nats; the share of the gap is (cut - stage) / (cut - dense).
@@ -30,6 +31,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..configuration_finedeep import __version__
+from ..convert.heal.run import HEALING
 from .documents import put_table
 from .gap_curve import draw, left_of
 from .results import markdown
@@ -95,15 +97,15 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> Iterator[dict[str, 
     learnt = arguments.learn_from or scratch / "text.txt"
     if half:
         learnt.write_text(content[:half], encoding="utf-8")
-    ids = AutoTokenizer.from_pretrained(arguments.checkpoint)(content[half:], verbose=False)["input_ids"]
-    window = arguments.window
-    windows = torch.tensor(ids[: min(MOST_TOKENS, len(ids)) // window * window]).view(-1, window)
-    dense = loss_of(arguments.checkpoint, windows)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
+    texts = [content[half:], *([content[:half]] if half else [])]
+    windows = [windows_of(tokenizer(text, verbose=False)["input_ids"], arguments.window) for text in texts]
+    dense = losses_of(arguments.checkpoint, windows)
     for shape in arguments.shapes:
         M, K = shape.split("x")
         cut = scratch / f"cut-{shape}"
         run(["convert", arguments.checkpoint, cut, "--sublayers", M, "--experts", K])
-        losses = dense, loss_of(cut, windows)
+        losses = dense, losses_of(cut, windows)
         for source in arguments.sources:
             for seed in arguments.seeds:
                 yield from climb(arguments, scratch, shape, source, seed, learnt, windows, losses)
@@ -116,10 +118,10 @@ def climb(
     source: str,
     seed: int,
     learnt: Path,
-    windows: torch.Tensor,
-    losses: tuple[float, float],
+    windows: list[torch.Tensor],
+    losses: tuple[list[float], list[float]],
 ) -> Iterator[dict[str, Any]]:
-    """The stages, one by one. `losses`: the dense model's and the cut's."""
+    """The stages, one by one. `losses`: the dense model's and the cut's, on each text of `windows`."""
     M, K = shape.split("x")
     seconds: dict[str | None, float] = {None: 0.0}
     for stage in arguments.stages:
@@ -143,6 +145,10 @@ def climb(
         run(command)
         seconds[stage] = time.perf_counter() - begin + seconds[start]
         names = {value: name.upper() for name, value in place.items()}
+        found = zip(losses_of(Path(place["out"]), windows), *losses, windows, strict=True)
+        receipt = Path(place["out"]) / HEALING
+        seen = json.loads(receipt.read_text(encoding="utf-8"))["tokens_seen"] if receipt.exists() else None
+        told = [{"loss": x, "dense": dense, "cut": cut, "tokens": some.numel()} for x, dense, cut, some in found]
         yield {
             "model": arguments.name,
             "shape": shape,
@@ -150,10 +156,9 @@ def climb(
             "seed": seed,
             "stage": stage,
             "seconds": round(seconds[stage], 1),
-            "loss": loss_of(Path(place["out"]), windows),
-            "dense": losses[0],
-            "cut": losses[1],
-            "tokens": windows.numel(),
+            **told[0],
+            **({"tokens_learnt": seen} if seen else {}),
+            **({"other_text": told[1]} if source == "self" and told[1:] else {}),
             "command": " ".join(["finedeep", *(names.get(word, word) for word in command)]),
             "threads": torch.get_num_threads(),
             "processor": platform.machine(),
@@ -167,12 +172,20 @@ def run(command: list[Any]) -> None:
     subprocess.run([sys.executable, "-m", "finedeep_cli", *map(str, command), "--quiet"], check=True, env=environment)
 
 
+def windows_of(ids: list[int], window: int) -> torch.Tensor:
+    """(number, window) of the first tokens."""
+    return torch.tensor(ids[: min(MOST_TOKENS, len(ids)) // window * window]).view(-1, window)
+
+
 @torch.no_grad()
-def loss_of(folder: Path, windows: torch.Tensor) -> float:
-    """Mean next-token loss over windows (number, window), in nats."""
+def losses_of(folder: Path, texts: list[torch.Tensor]) -> list[float]:
+    """Mean next-token loss over each text's windows (number, window), in nats."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    losses = [model(input_ids=part, labels=part, use_cache=False).loss.item() * len(part) for part in windows.split(16)]
-    return sum(losses) / len(windows)
+    found = []
+    for windows in texts:
+        losses = [model(input_ids=x, labels=x, use_cache=False).loss.item() * len(x) for x in windows.split(16)]
+        found.append(sum(losses) / len(windows))
+    return found
 
 
 def options_of(command: str) -> str:
@@ -205,7 +218,7 @@ def seeds_of(lines: list[dict[str, Any]]) -> int:
 def table_of(lines: list[dict[str, Any]]) -> str:
     """Everything that was measured: means over seeds, with the lowest and the highest share, and median seconds."""
     head = ["model", "M x K", "text", "stage", "options", "loss", "over dense", "of the gap closed"]
-    head += ["seconds", "cores", "seeds"]
+    head += ["on another text", "seconds", "cores", "seeds"]
     rows, seen = [], set()
     for mean, found in groups_of(lines):
         place = (mean["model"], mean["shape"])
@@ -213,7 +226,8 @@ def table_of(lines: list[dict[str, Any]]) -> str:
             seen.add(place)
             for name, gap in (("dense", ""), ("cut", "0 %")):
                 over = f"{mean[name] - mean['dense']:+.4f}"
-                rows.append([*place, "", name, "", f"{mean[name]:.4f}", over, gap, "", "", ""])
+                rows.append([*place, "", name, "", f"{mean[name]:.4f}", over, gap, "", "", "", ""])
+        others = [1 - left_of(line["other_text"]) for line in found if "other_text" in line]
         shares = [1 - left_of(line) for line in found]
         rows.append(
             [
@@ -224,6 +238,7 @@ def table_of(lines: list[dict[str, Any]]) -> str:
                 f"{mean['loss']:.4f}",
                 f"{mean['loss'] - mean['dense']:+.4f}",
                 f"{statistics.mean(shares):.1%} ({min(shares):.1%} to {max(shares):.1%})",
+                f"{statistics.mean(others):.1%} ({min(others):.1%} to {max(others):.1%})" if others else "",
                 f"{mean['seconds']:.0f}",
                 str(mean["threads"]),
                 str(seeds_of(found)),

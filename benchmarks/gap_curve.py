@@ -10,7 +10,6 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..convert.heal import HealingOptions
 from ..convert.plan import LEAST_TOKENS
 from ..eval.inspect.plots import COLOURS, STYLE
 
@@ -18,11 +17,15 @@ MARKERS = {"closed form": "^", "layer by layer": "o", "healed": "s", "healed lon
 
 
 def tokens_of(line: dict[str, Any]) -> int:
-    """How many tokens a line's own command learns from: of healing those of all steps, a token counting each time."""
+    """How many tokens a line's own command learns from: of healing those of all steps, a token counting each time.
+
+    Lines from before healing chose its steps by the model's size give all that decides it.
+    """
+    if "tokens_learnt" in line:
+        return line["tokens_learnt"]
     given = {name.replace("-", "_"): int(n) for name, n in re.findall(r"--([a-z-]+) (\d+)(?= |$)", line["command"])}
     if " heal " in line["command"]:
-        sizes = (given.get(name, getattr(HealingOptions, name)) for name in ("steps", "batch_size", "context"))
-        return math.prod(sizes)
+        return math.prod(given[name] for name in ("steps", "batch_size", "context"))
     return given.get("calibration_tokens", LEAST_TOKENS)
 
 

@@ -30,10 +30,16 @@ def line(**changes):
 def test_means_over_seeds_and_shares_of_the_gap():
     lines = [line(seed=seed, loss=loss) for seed, loss in enumerate((1.1, 1.2, 1.3))]
     (row,) = [row for row in gap.table_of(lines).splitlines() if "healed" in row]
-    assert "| 1.2000 | +0.2000 | 80.0% (70.0% to 90.0%) | 60 | 2 | 3 |" in row
+    assert "| 1.2000 | +0.2000 | 80.0% (70.0% to 90.0%) |  | 60 | 2 | 3 |" in row
     assert "`--steps 7`" in row
     assert "1.200 (80%, 1.0 min on 2)" in gap.summary_of(lines)
     assert "| 60 | 2 | 3 |" in gap.table_of([*lines, *lines])  # measured twice, and still three seeds
+
+
+def test_the_share_on_another_text_is_by_that_texts_own_gap():
+    lines = [line(other_text={"loss": 3.5, "dense": 3.0, "cut": 5.0}), line(seed=1)]
+    (row,) = [row for row in gap.table_of(lines).splitlines() if "healed" in row]
+    assert "| 90.0% (90.0% to 90.0%) | 75.0% (75.0% to 75.0%) |" in row
 
 
 def test_what_was_done_otherwise_is_a_row_of_its_own():
@@ -54,7 +60,7 @@ def test_the_loss_is_that_of_the_whole_text(tmp_path, dense):
     windows = torch.randint(256, (20, 32), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = LlamaForCausalLM.from_pretrained(dense)(windows, labels=windows).loss.item()
-    assert gap.loss_of(dense, windows) == pytest.approx(expected, rel=1e-5)
+    assert gap.losses_of(dense, [windows[:3], windows])[1] == pytest.approx(expected, rel=1e-5)
 
 
 def test_stages_run(tmp_path, dense, monkeypatch):
@@ -91,6 +97,8 @@ def test_stages_run(tmp_path, dense, monkeypatch):
             word for word in map(str, command) if not word.startswith("/") and word != "self"
         ]
         assert x["seed"] == 3
+        assert "other_text" not in x  # the half that it has learnt from
+    assert lines[1]["tokens_learnt"] == 2 * 2048
     assert lines[1]["seconds"] > lines[0]["seconds"]
 
 
@@ -109,11 +117,12 @@ def test_a_stage_is_a_process_of_its_own(monkeypatch):
 def test_the_curve_counts_what_a_command_learns_from(tmp_path):
     """What it gives, or the options' own defaults; and all runs on sampled text are drawn."""
     heal, convert = line()["command"], "finedeep convert DENSE OUT --calibrate DATA"
-    assert gap_curve.tokens_of(line()) == 7 * 16 * 512
+    assert gap_curve.tokens_of(line(tokens_learnt=12_345)) == 12_345
     assert gap_curve.tokens_of(line(command=heal.replace("--seed", "--context 64 --batch-size 2 --seed"))) == 7 * 128
     assert gap_curve.tokens_of(line(command=convert)) == 65_536
     assert gap_curve.tokens_of(line(command=f"{convert} --calibration-tokens 4096 --seed 0")) == 4096
-    lines = [line(loss=1.25), line(stage="layer by layer", command=convert), line(source="text", stage="unknown")]
+    healed = line(loss=1.25, tokens_learnt=7000)
+    lines = [healed, line(stage="layer by layer", command=convert), line(source="text", stage="unknown")]
     assert gap_curve.left_of(lines[0]) == 0.25
     gap_curve.draw(lines, tmp_path / "gap.svg")
     content = (tmp_path / "gap.svg").read_text(encoding="utf-8")
