@@ -98,7 +98,7 @@ def test_stages_run(tmp_path, dense, monkeypatch):
         ]
         assert x["seed"] == 3
         assert "other_text" not in x  # the half that it has learnt from
-    assert lines[1]["tokens_learnt"] == 2 * 2048
+    assert 2048 < lines[1]["tokens_learnt"] <= 2 * 2048  # two steps, of which the last may be short
     assert lines[1]["seconds"] > lines[0]["seconds"]
 
 
