@@ -96,7 +96,8 @@ def of_grid(path: Path, line: dict[str, Any]) -> LargerRun:
 
 
 def tables_of_larger(groups: Groups) -> dict[str, str]:
-    """By mark."""
+    """By mark, the largest models first."""
+    groups = dict(sorted(groups.items(), key=lambda group: -most_parameters(group[1])))
     cut = [row for size in groups for row in curves(size, groups[size])]
     head = ["size", "model", "rate, seed", *(f"{share:.0%}" for share in SHARES)]
     return {
@@ -104,6 +105,11 @@ def tables_of_larger(groups: Groups) -> dict[str, str]:
         "larger": aligned_markdown(RUN, [row for size in groups for row in runs(size, groups[size])], 2),
         "larger-curves": aligned_markdown(head, cut, 3) if cut else "No run of `gpu_grid.py` is in the logs yet.",
     }
+
+
+def most_parameters(models: dict[str, dict[float, dict[int, LargerRun]]]) -> int:
+    """Of all runs of a size."""
+    return max(run.parameters for rates in models.values() for by_seed in rates.values() for run in by_seed.values())
 
 
 VERDICT = ["size", "baseline", "loss (other author)", "best Finedeep", "its loss (other author)"]
@@ -154,7 +160,7 @@ def runs(size: str, models: dict[str, dict[float, dict[int, LargerRun]]]) -> Ite
                     f"{some[0].parameters:,}",
                     f"{rate:g}",
                     str(len(some)),
-                    *(f"{mean(some, text):.3f}" for text in ("held_out", "author")),
+                    *(spread([run.losses[text] for run in some]) for text in ("held_out", "author")),
                     f"{statistics.mean(nsars):.3f}" if nsars else "",
                     f"{sums[0]:.2f}, {sums[1]:.2f}, {sums[2]:.0%}" if sums else "",
                 ]
@@ -179,11 +185,19 @@ def mean(some: Iterable[LargerRun], text: str) -> float:
     return statistics.mean(run.losses[text] for run in some)
 
 
+def spread(losses: list[float]) -> str:
+    """Their mean, with the lowest and the highest of several seeds."""
+    several = f" ({min(losses):.3f} to {max(losses):.3f})" if len(losses) > 1 else ""
+    return f"{statistics.mean(losses):.3f}{several}"
+
+
 def perplexity(pairs: list[tuple[LargerRun, LargerRun]], text: str) -> str:
-    """How far it is over the baseline's, over the seeds of both."""
+    """How far it is over the baseline's, over the seeds of both; of several with the lowest and the highest."""
     if not pairs:
         return ""
-    return f"{100 * math.expm1(statistics.mean(a.losses[text] - b.losses[text] for a, b in pairs)):+.1f} %"
+    over = [a.losses[text] - b.losses[text] for a, b in pairs]
+    found, least, most = (100 * math.expm1(x) for x in (statistics.mean(over), min(over), max(over)))
+    return f"{found:+.1f} %" + (f" ({least:+.1f} to {most:+.1f})" if len(over) > 1 else "")
 
 
 def said(rate: float, by_seed: dict[int, LargerRun]) -> str:
