@@ -11,6 +11,7 @@ from recipe import Recipe
 from torch import nn
 from transformers import (
     AttentionInterface,
+    AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
@@ -42,8 +43,15 @@ def model_of(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMo
 
 
 def of_checkpoint(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """In float32, from a folder. The recipe's sizes say nothing then. Exits where the recipe's text does not fit."""
-    built = AutoModelForCausalLM.from_pretrained(recipe["start"], dtype=torch.float32, trust_remote_code=False)
+    """In float32, from a folder. The recipe's sizes say nothing then. Exits where the recipe's text does not fit.
+
+    With `fresh: true` it has the folder's architecture and random weights, by the seed of the training.
+    """
+    if recipe.get("fresh"):
+        torch.manual_seed(recipe["training"].get("seed", 0))
+        built = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(recipe["start"]), dtype=torch.float32)
+    else:
+        built = AutoModelForCausalLM.from_pretrained(recipe["start"], dtype=torch.float32, trust_remote_code=False)
     needed = {"vocab_size": len(tokenizer), "max_position_embeddings": recipe["data"]["context"]}
     for field, least in needed.items():
         if (found := getattr(built.config, field)) < least:

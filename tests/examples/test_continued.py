@@ -78,6 +78,17 @@ def recipe(tmp_path, made):
     return recipe | {"start": str(made / "m1-k8"), "tokenizer": {"path": str(made / "dense")}}
 
 
+def test_from_scratch_is_the_same_model_without_what_it_knew(recipe, made):
+    tokenizer = AutoTokenizer.from_pretrained(made / "dense")
+    one, same = (model_of(recipe | {"fresh": True}, tokenizer) for _ in range(2))
+    known = model_of(recipe, tokenizer)
+    assert one.config.to_diff_dict() == known.config.to_diff_dict()
+    for a, b, c in zip(one.parameters(), same.parameters(), known.parameters(), strict=True):
+        assert a.shape == c.shape
+        assert torch.equal(a, b)
+    assert not torch.equal(one.model.embed_tokens.weight, known.model.embed_tokens.weight)
+
+
 def test_a_run_begins_at_its_start_and_says_what_it_was(tmp_path, recipe, made):
     prepare.prepare(recipe, tmp_path / "prepared")
     (tmp_path / "out").mkdir()
