@@ -40,7 +40,7 @@ MODELS = {
 }
 HEALING_TOKENS = 20_000_000
 RANK = 64
-HEAD = ["model", "step", "tokens", "operations", "time", "memory"]
+HEAD = ["model", "step", "tokens", "operations", "time", "memory", "disk"]
 
 
 def speed(work: str, batch: int, tokens: int) -> float:
@@ -78,24 +78,34 @@ def rows() -> Iterator[list[str]]:
             plan = plan_conversion(headers_of(sizes, Path(folder)), num_expert_sublayers=2, calibrate="self")
             operations = Calibration(plan, Path(folder), progress=False).operations()
         parameters, tokens = plan.dense_parameters, plan.options.calibration_tokens
-        yield row(name, "`convert --calibrate self`", tokens, operations, EXACT_SPEED, plan.memory)
+        written = plan.nbytes  # twice while it is calibrated: layers are kept until all are there
+        yield row(name, "`convert --calibrate self`", tokens, operations, EXACT_SPEED, plan.memory, 2 * written)
         adapter = RANK * sum(
             sum(entry.shape) for shard in plan.shards for entry in shard.entries if "_proj" in entry.name
         )
         teacher = 2 * parameters
-        for step, factor, bytes_ in (
-            ("`heal`", 8, 16 * parameters + teacher),
-            (f"`heal --adapter-rank {RANK}`", 6, 4 * parameters + 16 * adapter + teacher),
+        # What a training keeps on the disk, of each parameter it and AdamW's two numbers, and that for a moment twice.
+        for step, factor, memory, trained in (
+            ("`heal`", 8, 16 * parameters + teacher, parameters),
+            (f"`heal --adapter-rank {RANK}`", 6, 4 * parameters + 16 * adapter + teacher, adapter),
         ):
             work = factor * parameters * HEALING_TOKENS
-            yield row(name, step, HEALING_TOKENS, work, slowest, bytes_)
+            yield row(name, step, HEALING_TOKENS, work, slowest, memory, written + 24 * trained)
 
 
-def row(name: str, step: str, tokens: int, operations: float, flops: float, memory: int) -> list[str]:
+def row(name: str, step: str, tokens: int, operations: float, flops: float, memory: int, disk: int) -> list[str]:
     """A line of the table."""
     exponent = int(math.log10(operations))
     said = f"{operations / 10**exponent:.1f}e{exponent}"
-    return [name, step, f"{tokens:,}", said, in_words(operations / flops), f"{memory / 1e9:.0f} GB"]
+    return [
+        name,
+        step,
+        f"{tokens:,}",
+        said,
+        in_words(operations / flops),
+        f"{memory / 1e9:.0f} GB",
+        f"{disk / 1e9:.0f} GB",
+    ]
 
 
 def table() -> str:

@@ -72,11 +72,13 @@ def test_estimates_of_larger_models(monkeypatch):
     seen = []
     monkeypatch.setattr(estimates, "row", lambda *given: seen.append(given))
     list(estimates.rows())
-    (_, _, _, calibrating, *_), (_, _, _, whole, _, memory), (_, _, _, by_adapter, _, less) = seen
+    (_, _, _, calibrating, *_, kept), (_, _, _, whole, _, memory, most), (_, _, _, by_adapter, _, less, least) = seen
     dense = 1000 * 64 + 2 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 128 + 2 * 64) + 64
     assert memory == 18 * dense
     ends = 2 * (2 * (64 + 64) + 2 * (64 + 32) + 2 * 3 * (64 + 64))  # in + out of each linear layer, two sub-layers
     assert less == 6 * dense + 16 * 64 * ends
+    result = 2 * (dense + 2 * 64 + 2 * 2 * 8 * 64)  # bfloat16, with a norm more in each layer and its routers
+    assert (kept, most, least) == (2 * result, result + 24 * dense, result + 24 * 64 * ends)
     assert (whole, by_adapter) == (8 * dense * 20_000_000, 6 * dense * 20_000_000)
     assert calibrating > 6 * dense * 65_536
 
