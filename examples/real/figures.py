@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from quantisation import torchao_int8
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -77,6 +78,29 @@ def text_windows(folder: Path, texts: Mapping[str, Path], number: int) -> Window
 def load(folder: Path) -> PreTrainedModel:
     """A model in float32."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def in_bfloat16(folder: Path) -> PreTrainedModel:
+    """A model whose weights are rounded to bfloat16."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+
+
+PRECISIONS: dict[str, Callable[[Path], nn.Module]] = {
+    "float32": load,
+    "bfloat16": in_bfloat16,
+    "int8": lambda folder: torchao_int8(str(folder)),
+}
+
+
+@torch.no_grad()
+def losses_by_precision(folder: Path, windows: torch.Tensor) -> dict[str, float]:
+    """Mean next-token loss over windows (number, WINDOW), in nats, with the weights in each precision."""
+    found = {}
+    for name, loaded in PRECISIONS.items():
+        model = loaded(folder)
+        losses = [model(ids[None], labels=ids[None], use_cache=False).loss.item() for ids in windows]
+        found[name] = sum(losses) / len(losses)
+    return found
 
 
 @torch.inference_mode()

@@ -27,7 +27,18 @@ import from_checkout  # noqa: F401
 import torch
 import transformers
 from drawing import draw
-from figures import WINDOW, answers, beside, finedeep, hidden_states, load, read, text_windows, weights
+from figures import (
+    WINDOW,
+    answers,
+    beside,
+    finedeep,
+    hidden_states,
+    load,
+    losses_by_precision,
+    read,
+    text_windows,
+    weights,
+)
 from finedeep import __version__
 from finedeep.convert.heal.run import HEALING
 from finedeep.convert.receipt import RECEIPT
@@ -52,6 +63,7 @@ HEALING_OPTIONS = "--tokens 163840 --batch-size 4 --steps 40 --learning-rate 2e-
 HELD_OUT = "--set eval_strategy=steps --set eval_steps=20"  # for the curve
 HEALED = {"M=2 K=8, healed": ("M=2 K=8, calibrated", f"{HEALING_OPTIONS} {HELD_OUT}".split())}
 DEFAULT = tuple(MODELS)[:4]
+FEW = 4  # windows, where a loss in half precision or less is measured
 
 
 def main() -> None:
@@ -226,6 +238,20 @@ def activations(run: Run, name: str) -> dict[str, Any] | None:
     }
 
 
+def precisions(run: Run, name: str) -> dict[str, Any] | None:
+    """Losses in bfloat16 and with int8 weights beside dense's, on the first windows of the first text."""
+    if not run.windows:
+        return None
+    text, windows = next(iter(run.windows.items()))
+    windows, path = windows[:FEW], run.arguments.cache / "dense-precisions.json"
+    key = f"{sha256(dict(run.arguments.text)[text])} {windows.numel()}"
+    kept = read(path)
+    if key not in kept:
+        write_whole(path, json.dumps(kept | {key: losses_by_precision(run.dense, windows)}))
+    found = {"dense": read(path)[key], "finedeep": losses_by_precision(run.folder(name), windows)}
+    return {"text": text, "tokens": windows.numel(), **found}
+
+
 def healing(run: Run, name: str) -> list[dict[str, float]] | None:
     """What healing logged on its way."""
     path = run.folder(name) / HEALING
@@ -238,6 +264,7 @@ STEPS: dict[str, Callable[[Run, str], Any]] = {
     "losses": losses,
     "texts": texts,
     "activations": activations,
+    "precisions": precisions,
     "benchmarks": benchmarks,
 }
 

@@ -81,6 +81,16 @@ def activations(results: Results) -> Iterator[list[str]]:
                 yield [name, x["text"], tau, f"{x['dense']['nsar'][tau]:.2%}", f"{rate:.2%}"]
 
 
+def precisions(results: Results) -> Iterator[list[str]]:
+    """Losses in less than float32."""
+    for name, found in results["models"].items():
+        if x := found.get("precisions"):
+            for precision, loss in x["finedeep"].items():
+                dense = x["dense"][precision]
+                cells = (f"{value:.4f}" for value in (dense, loss))
+                yield [name, x["text"], f"{x['tokens']:,}", precision, *cells, f"{loss - dense:+.4f}"]
+
+
 def benchmarks(results: Results) -> Iterator[list[str]]:
     """Scores, and the differences with their intervals."""
     for name, found in results["models"].items():
@@ -102,5 +112,6 @@ TABLES = {
     "making": (["model", "options", "weights", "seconds", "peak memory", "threads of cores"], making),
     "texts": (["model", "equal answers", "dense, for example", "Finedeep"], texts),
     "activations": (["model", "text", "threshold", "NSAR dense", "NSAR Finedeep"], activations),
+    "precisions": (["model", "text", "tokens", "weights", "dense", "Finedeep", "over dense"], precisions),
     "benchmarks": (["model", "task", "questions", "dense", "Finedeep", "difference (95 %)"], benchmarks),
 }

@@ -118,6 +118,10 @@ def test_a_run_measures_writes_the_page_and_does_nothing_twice(tmp_path, dense, 
     assert len(exact["texts"]) == 10
     assert exact["activations"]["dense"]["nsar"] == pytest.approx(exact["activations"]["finedeep"]["nsar"])
     assert (tmp_path / "results/receipt-m1-k8.json").is_file()
+    in_less = exact["precisions"]
+    assert in_less["dense"].keys() == in_less["finedeep"].keys() == {"float32", "bfloat16", "int8"}
+    assert in_less["finedeep"] == pytest.approx(in_less["dense"], abs=1e-2)
+    assert in_less["finedeep"]["bfloat16"] != in_less["finedeep"]["float32"]
     assert "| M=1 K=8" in page.read_text()
     assert "<!-- real-benchmarks:begin -->\nNot measured yet.\n" in page.read_text()  # no questions were given
     capsys.readouterr()
