@@ -684,3 +684,13 @@ def test_a_source_with_a_folder_of_licences_and_a_finished_run_repeated(tmp_path
     with pytest.raises(ConversionError, match="is finished: there is nothing to resume"):
         heal(model, tmp_path / "out", resume=True, **options)
     assert fingerprint(tmp_path) == before
+
+
+def test_an_optimiser_with_eight_bits_of_state(tmp_path, dense, cut):
+    """From bitsandbytes, 2 bytes a parameter: its losses are AdamW's, to its rounding."""
+    pytest.importorskip("bitsandbytes")
+    options = {"teacher": str(dense), **QUICK}
+    expected = heal(cut, tmp_path / "whole", **options).after
+    found = heal(cut, tmp_path / "small", **options, training={"optim": "adamw_8bit"}).after
+    assert found == pytest.approx(expected, rel=2e-2)
+    assert found != expected
