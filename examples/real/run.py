@@ -135,14 +135,14 @@ class Run:
 
     def do(self, name: str, step: str) -> None:
         """Do a step for a model, unless its result is known, and write that down."""
-        results = read(self.path)
-        known = results.setdefault("models", {}).setdefault(name, {})
-        if step in known:
+        if step in read(self.path).get("models", {}).get(name, {}):
             return
         print(f"{name}: {step} ...", flush=True)
         found = STEPS[step](self, name)
         if found is None:
             return
+        results = read(self.path)  # to which another run may have added something meanwhile
+        known = results.setdefault("models", {}).setdefault(name, {})
         known[step] = found
         results["weights"] = WEIGHTS
         results.setdefault("texts", {}).update({name: sha256(file) for name, file in self.arguments.text})
