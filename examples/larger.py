@@ -1,4 +1,4 @@
-"""What examples/RESULTS.md says of models of 4 million parameters and more: files of a line a run.
+"""What examples/RESULTS.md says of models of 1 million parameters and more: files of a line a run.
 
 Those of examples/gpu_grid.py are in examples/logs/gpu, of as many machines as there were; examples/logs/trial_*.jsonl
 are of a trial by another plain loop, before this recipe. Runs are compared only with those of the same size, the same
@@ -121,7 +121,7 @@ RUN += ["gates: mean, spread, below 0.5"]
 def verdicts(size: str, models: dict[str, dict[float, dict[int, LargerRun]]]) -> Iterator[list[str]]:
     """The best Finedeep model beside dense, as the paper compares, and beside dense with the same norm."""
     best = {model: found for model, rates in models.items() if (found := best_of(rates))}
-    ours = {model: found for model, found in best.items() if not model.startswith("dense")}
+    ours = {model: found for model, found in best.items() if not model.startswith("dense") and not is_idea(model)}
     most = max((len(by_seed) for _, by_seed in ours.values()), default=0)  # or the luckiest single run would be best
     ours = {model: found for model, found in ours.items() if len(found[1]) == most}
     for base, name in BASELINES.items():
@@ -208,14 +208,18 @@ def said(rate: float, by_seed: dict[int, LargerRun]) -> str:
 
 def shown(model: str) -> str:
     """A model's name as the grid has it: m-2-k-8-sandwich-norm is M=2 K=8, sandwich norm."""
-    return names().get(model, model)
+    return {slug(name): name for name in (*grid_models(), "M=2 K=8")}.get(model, model)  # which only the trial has
+
+
+def is_idea(model: str) -> bool:
+    """Whether it has code of its own, which the package has not."""
+    return any(slug(name) == model and "ideas" in changes for name, changes in grid_models().items())
 
 
 @cache
-def names() -> dict[str, str]:
-    """Of the grid's models, and of one that only the trial has, by those of their folders."""
-    grid = yaml.safe_load((Path(__file__).parent / "gpu_grid.yaml").read_text(encoding="utf-8"))
-    return {slug(name): name for name in (*grid["models"], "M=2 K=8")}
+def grid_models() -> dict[str, dict[str, Any]]:
+    """The grid's, by name."""
+    return yaml.safe_load((Path(__file__).parent / "gpu_grid.yaml").read_text(encoding="utf-8"))["models"]
 
 
 if __name__ == "__main__":

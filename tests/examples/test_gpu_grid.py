@@ -179,14 +179,16 @@ def test_bad_words_are_refused(monkeypatch, grid, capsys, words, said):
 
 
 def test_the_shipped_grid_begins_with_what_answers_most():
-    """At the rate that was best for both: dense, its control, and the two that Finedeep is."""
+    """At the rate that was best for both: dense, its control, the two that Finedeep is, and the best idea."""
     path = ROOT / "examples/gpu_grid.yaml"
     runs = dict(runs_of(yaml.safe_load(path.read_text())))
-    assert list(runs)[:8] == [
+    assert list(runs)[:10] == [
         "31m/dense/0.0015-0",
         "31m/dense-sandwich-norm/0.0015-0",
         "31m/m-2-k-8-sandwich-norm/0.0015-0",
         "31m/m-1-k-16-sandwich-norm/0.0015-0",
+        "31m/m-1-k-16-sandwich-norm-normed-scores/0.0015-0",
+        "31m/m-2-k-8-sandwich-norm-normed-scores/0.0015-0",
         "31m/dense-sandwich-norm/0.003-0",
         "31m/m-2-k-8-sandwich-norm/0.003-0",
         "31m/m-1-k-16-sandwich-norm/0.003-0",

@@ -91,6 +91,7 @@ def test_a_lucky_single_run_is_no_verdict(tmp_path):
     model = "m-1-k-16-sandwich-norm"
     lines = [line(name, loss, seed=s) for name, loss in (("dense", 3.0), (model, 3.1)) for s in (0, 1, 2)]
     lines += [line("m-1-k-64-sandwich-norm", 2.0)]
+    lines += [line("m-1-k-16-expert-norms", 1.0, seed=s) for s in (0, 1, 2)]  # which is an idea, and in no package
     lines += [line("dense", 9.0, seed=3), line("dense", 3.05, rate=0.2)]  # at 0.1 seed 0 is better, the mean is worse
     row = tables(tmp_path, lines)["verdicts"][0]
     assert (row["best Finedeep"], row["seeds"]) == ("M=1 K=16, sandwich norm", "3")
