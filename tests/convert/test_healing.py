@@ -137,7 +137,7 @@ def test_hidden_states_of_another_shape(tmp_path, cut):
 def test_healing_brings_the_model_nearer(tmp_path, dense, cut, capsys):
     out = tmp_path / "healed"
     arguments = ["heal", str(cut), str(out), "--teacher", str(dense), "--context", "32", "--steps", "100"]
-    arguments += ["--tokens", "16384", "--learning-rate", "0.01"]
+    arguments += ["--tokens", "16384", "--batch-size", "16", "--learning-rate", "0.01"]
     assert main([*arguments, "--set", "eval_strategy=steps", "--set", "eval_steps=50"]) == 0
     assert "KL from the teacher" in capsys.readouterr().out
     receipt = json.loads((out / HEALING).read_text())
