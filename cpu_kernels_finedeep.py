@@ -10,9 +10,7 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from .kernels_finedeep import Kernels, has_memory
-
-REAL = (torch.Tensor, nn.Parameter)
+from .kernels_finedeep import REAL, Kernels, has_memory
 
 
 def runs_on(tensors: list[torch.Tensor]) -> bool:

@@ -27,6 +27,7 @@ except ImportError:
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MAX_WIDTH = 16384  # numbers that one program holds of a row
 MAX_TILE = 32768  # numbers that one program holds in all
+REAL = (torch.Tensor, torch.nn.Parameter)  # tensors that are not another class's
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -154,7 +155,7 @@ def runs_on(tensors: list[torch.Tensor]) -> bool:
     if triton is None:
         return False
     for x in tensors:
-        if x.dtype not in DTYPES or type(x) not in (torch.Tensor, torch.nn.Parameter) or x.device != tensors[0].device:
+        if x.dtype not in DTYPES or type(x) not in REAL or x.device != tensors[0].device:
             return False
     return has_memory(*tensors) and all(x.data_ptr() for x in tensors)
 

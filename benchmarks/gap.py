@@ -227,8 +227,6 @@ def table_of(lines: list[dict[str, Any]]) -> str:
             for name, gap in (("dense", ""), ("cut", "0 %")):
                 over = f"{mean[name] - mean['dense']:+.4f}"
                 rows.append([*place, "", name, "", f"{mean[name]:.4f}", over, gap, "", "", "", ""])
-        others = [1 - left_of(line["other_text"]) for line in found if "other_text" in line]
-        shares = [1 - left_of(line) for line in found]
         rows.append(
             [
                 *place,
@@ -237,14 +235,20 @@ def table_of(lines: list[dict[str, Any]]) -> str:
                 mean["options"],
                 f"{mean['loss']:.4f}",
                 f"{mean['loss'] - mean['dense']:+.4f}",
-                f"{statistics.mean(shares):.1%} ({min(shares):.1%} to {max(shares):.1%})",
-                f"{statistics.mean(others):.1%} ({min(others):.1%} to {max(others):.1%})" if others else "",
+                closed(found),
+                closed([line["other_text"] for line in found if "other_text" in line]),
                 f"{mean['seconds']:.0f}",
                 str(mean["threads"]),
                 str(seeds_of(found)),
             ]
         )
     return markdown(head, rows, 5)
+
+
+def closed(measured: list[dict[str, Any]]) -> str:
+    """The share of the gap that is closed: its mean, with the lowest and the highest; nothing of nothing."""
+    shares = [1 - left_of(x) for x in measured]
+    return f"{statistics.mean(shares):.1%} ({min(shares):.1%} to {max(shares):.1%})" if shares else ""
 
 
 def summary_of(lines: list[dict[str, Any]]) -> str:
@@ -264,8 +268,8 @@ def summary_of(lines: list[dict[str, Any]]) -> str:
     for mean, found in sorted(groups, key=lambda group: (seeds_of(group[1]), -group[0]["loss"])):
         row = rows.setdefault((mean["model"], mean["shape"]), {})
         row |= {name: f"{mean[name]:.3f}" for name in ("dense", "cut")}
-        closed = statistics.mean(1 - left_of(line) for line in found)
-        row[mean["stage"]] = f"{mean['loss']:.3f} ({closed:.0%}, {mean['seconds'] / 60:.1f} min on {mean['threads']})"
+        share = statistics.mean(1 - left_of(line) for line in found)
+        row[mean["stage"]] = f"{mean['loss']:.3f} ({share:.0%}, {mean['seconds'] / 60:.1f} min on {mean['threads']})"
     return markdown(head, [[*key, *(row.get(name, "") for name in head[2:])] for key, row in sorted(rows.items())], 2)
 
 

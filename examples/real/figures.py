@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure import mean_loss
 from quantisation import torchao_int8
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -92,15 +93,9 @@ PRECISIONS: dict[str, Callable[[Path], nn.Module]] = {
 }
 
 
-@torch.no_grad()
 def losses_by_precision(folder: Path, windows: torch.Tensor) -> dict[str, float]:
     """Mean next-token loss over windows (number, WINDOW), in nats, with the weights in each precision."""
-    found = {}
-    for name, loaded in PRECISIONS.items():
-        model = loaded(folder)
-        losses = [model(ids[None], labels=ids[None], use_cache=False).loss.item() for ids in windows]
-        found[name] = sum(losses) / len(losses)
-    return found
+    return {name: mean_loss(loaded(folder), windows) for name, loaded in PRECISIONS.items()}
 
 
 @torch.inference_mode()
